@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['root', 'need', 'replacing', 'rounded', 'save_json', 'clock', 'TooLong', 'progress', 'Stage', 'read_parameters',
-           'stages', 'profile_values', 'injected', 'lab_profile', 'show_images']
+           'stages', 'profile_values', 'injected', 'lab_profile', 'show_images', 'digest', 'claim']
 
-# %% ../nbs/00_core.ipynb #92b7665a
-import ast, json, os, sys, time
+# %% ../nbs/00_core.ipynb #5209f922
+import ast, hashlib, json, os, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,3 +189,25 @@ def show_images(
         ax.set_title(title, fontsize=7, pad=3)
     fig.subplots_adjust(0, 0, 1, .86 if titles and rows==1 else .95 if titles else 1, .03, .16 if titles else .03)
     return fig
+
+# %% ../nbs/00_core.ipynb #cc9f2da2
+def digest(
+    *parts, # Arrays, or anything that JSON knows
+)->str: # Twelve hexadecimal digits
+    "A short name for the contents of `parts`"
+    h = hashlib.sha256()
+    for p in parts: h.update(np.ascontiguousarray(p).tobytes()+str(p.shape).encode() if isinstance(p, np.ndarray) else json.dumps(rounded(p), sort_keys=True).encode())
+    return h.hexdigest()[:12]
+
+def claim(
+    folder:Path, # The folder of a long run
+    cause:dict, # All that its contents depend on, except how far the run goes
+)->bool: # Whether the folder already held work of the same cause
+    "Make `folder` belong to `cause`, setting aside what another cause left there"
+    folder, cause = Path(folder), rounded(cause)
+    there = folder/'cause.json'
+    same = there.is_file() and json.loads(there.read_text())==cause
+    if not same:
+        if there.is_file(): folder.rename(next(p for i in range(1, 1000) if not (p := folder.with_name(f'{folder.name}-before-{i}')).exists()))
+        save_json(there, cause)
+    return same

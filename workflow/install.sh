@@ -1,0 +1,18 @@
+#!/bin/sh
+# Make .venv from requirements.lock with uv if it is there or pip can bring it, else with pip. Run from the root of the checkout.
+set -eu
+for p in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+    if "$p" -c 'import sys; sys.exit(not (3,11)<=sys.version_info[:2]<=(3,13))' 2>/dev/null; then python=$p; break; fi
+done
+if [ -z "${python:-}" ]; then echo "elbowsynth needs Python 3.11, 3.12 or 3.13; none of python3, python3.13, python3.12, python3.11 is one (set PYTHON=/path/to/python)"; exit 1; fi
+start=$(date +%s)
+echo "Installing into .venv with $("$python" --version) (once; about a minute on a good line, and 6 GB on disk) ..."
+"$python" -m venv --clear .venv || { echo "$python cannot make environments: on Debian and Ubuntu install python3-venv"; exit 1; }
+if command -v uv >/dev/null 2>&1; then uv=uv; else uv=.venv/bin/uv; .venv/bin/python -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 || uv=; fi
+if [ -n "$uv" ] && "$uv" --version >/dev/null 2>&1
+then VIRTUAL_ENV="$PWD/.venv" "$uv" pip install -q --require-hashes -r requirements.lock
+else .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+fi
+.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+echo "$(($(date +%s)-start))" > .venv/installed
+echo "Installed in $(cat .venv/installed) s."
