@@ -143,7 +143,7 @@ class Tee:
             if l.endswith(' left'): self.tell(l)
     def flush(self): self.log.flush()
 
-# %% ../nbs/90_run.ipynb #dfd84e98
+# %% ../nbs/90_run.ipynb #37ee51fa
 def say(
     text:str, # A line
 ):
@@ -161,18 +161,17 @@ def follow(
 
 def failure(
     error:Exception, # What papermill raised
-    notebook:str, # Which notebook
+    notebook:Path, # The notebook
     copy:Path, # Its executed copy
 )->str: # A few lines
     "Say in which cell of which notebook a stage failed, and why"
-    cells = json.loads(copy.read_text())['cells'] if copy.exists() else []
-    at = next((i for i,c in enumerate(cells, 1) if any(o['output_type']=='error' for o in c.get('outputs', []))
-               or c['metadata'].get('papermill', {}).get('status')=='failed'), None)
-    why = f'{error.ename}: {error.evalue}' if hasattr(error, 'evalue') else f'{type(error).__name__}: {error}'
-    first = next((l for l in ''.join(cells[at-1]['source']).splitlines() if not l.startswith('#')), '') if at else ''
-    return f'{notebook}' + (f', cell {at} of its executed copy (`{first}`)' if at else '') + f'\n{why}'
+    cells = lambda p: json.loads(p.read_text(encoding='utf-8'))['cells'] if p.exists() else []
+    failed = [c for c in cells(copy) if c['metadata'].get('papermill', {}).get('status')=='failed' or any(o['output_type']=='error' for o in c.get('outputs', []))]
+    at = next((i for i,c in enumerate(cells(notebook), 1) if failed and c['id']==failed[0]['id']), None)
+    where = f', cell {at}: `{next((l for l in "".join(failed[0]["source"]).splitlines() if not l.startswith("#")), "")}`' if at else ''
+    return f'{notebook.parent.name}/{notebook.name}{where}\n{getattr(error, "ename", type(error).__name__)}: {getattr(error, "evalue", error)}'
 
-# %% ../nbs/90_run.ipynb #020ccba1
+# %% ../nbs/90_run.ipynb #64a0a3cb
 def run_stage(
     job:Job, # What to run
     place:str, # `3 of 13`
@@ -192,7 +191,7 @@ def run_stage(
         try: papermill.execute_notebook(top/job.notebook, copy, job.values, kernel_name='python3', cwd=top, progress_bar=False, stdout_file=tee, stderr_file=tee,
                                         extra_arguments=['--log-level=ERROR'])
         except Exception as e:
-            text = failure(e, job.notebook, copy)
+            text = failure(e, top/job.notebook, copy)
             f.write('\n'.join(getattr(e, 'traceback', None) or [text]))
             say(f'stage {place}: {job.name} FAILED in {text}\n\n          log            {log.relative_to(top)}\n          executed copy  {copy.relative_to(top)}\n')
             return 1
