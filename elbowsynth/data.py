@@ -64,7 +64,7 @@ def write_png(
     "Write a PNG that is whole or absent"
     with replacing(path) as part: part.write_bytes(cv2.imencode('.png', image)[1].tobytes())
 
-# %% ../nbs/01_data.ipynb #e14a94e5
+# %% ../nbs/01_data.ipynb #9b15d209
 COLUMNS = ['file', 'patient', 'view', 'side', 'pathology']
 WORDS = {'view': {'ap': 'AP', 'anteroposterior': 'AP', 'lat': 'LAT', 'lateral': 'LAT'},
          'side': {'l': 'L', 'left': 'L', 'r': 'R', 'right': 'R'},
@@ -72,6 +72,7 @@ WORDS = {'view': {'ap': 'AP', 'anteroposterior': 'AP', 'lat': 'LAT', 'lateral': 
 
 class BadLabels(ValueError): "Everything that is wrong with a folder of films, in one message"
 
+# %% ../nbs/01_data.ipynb #52d50875
 def inside(
     folder:Path, # A folder
     name:str, # A path relative to it, as a table gives it
@@ -80,6 +81,7 @@ def inside(
     path = Path(folder, name)
     return path if path.is_file() and path.resolve().is_relative_to(Path(folder).resolve()) else None
 
+# %% ../nbs/01_data.ipynb #523f81bd
 def table_faults(
     table:pd.DataFrame, # Columns `COLUMNS` and `mask`, in the study's words
     folder:Path, # Where the files lie

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['suggested_mask', 'mask_regions', 'pair_name', 'write_masks']
 
-# %% ../nbs/04_masks.ipynb #9f6ee26e
+# %% ../nbs/04_masks.ipynb #87b803ce
 import csv
 from pathlib import Path
-import cv2, numpy as np, pandas as pd
+import numpy as np, pandas as pd
 from .core import need, progress, replacing
 from .data import PATHOLOGIES, REGIONS, caption, inside, read_image, read_pairs, region_of, write_png
 from .preprocess import Geometry, grey_of, to_square
@@ -31,7 +31,7 @@ def mask_regions(
     regions, normals = list(REGIONS), np.cumsum([p=='normal' for p in pathologies])-1
     return [region_of(p) or regions[k%4] for p,k in zip(pathologies, normals)]
 
-# %% ../nbs/04_masks.ipynb #a8914ed5
+# %% ../nbs/04_masks.ipynb #8ec95428
 def pair_name(
     image:str, # The film
     pathology:str, # One of `PATHOLOGIES`
@@ -39,6 +39,7 @@ def pair_name(
     "The name of a pair in files"
     return f'{image}__{pathology.replace(" ", "_")}'
 
+# %% ../nbs/04_masks.ipynb #9bbe66ac
 def write_masks(
     data:Path, # Films and drawn masks, as they came
     images:Path, # The squares, of the stage `preprocess`

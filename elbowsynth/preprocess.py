@@ -60,7 +60,7 @@ def clahe(
     "Contrast-limited adaptive histogram equalisation (Section 3.1), at the depth of the film"
     return cv2.createCLAHE(clip, (tiles, tiles)).apply(image)
 
-# %% ../nbs/03_preprocess.ipynb #c70cdb08
+# %% ../nbs/03_preprocess.ipynb #deff1d10
 @dataclass
 class Geometry:
     "How a film became a square: its shape, the box that was kept, and how it was fitted"
@@ -72,6 +72,7 @@ class Geometry:
     right:int
     fit:str # `stretch` or `pad`
 
+# %% ../nbs/03_preprocess.ipynb #b9570e96
 def frame(
     g:Geometry,
 )->tuple: # (top, left, bottom, right) in the film's pixels; with `pad` it may reach beyond the film
@@ -82,6 +83,7 @@ def frame(
     up, back = (max(h, w)-h)//2, (max(h, w)-w)//2
     return g.top-up, g.left-back, g.top-up+max(h, w), g.left-back+max(h, w)
 
+# %% ../nbs/03_preprocess.ipynb #022951f7
 def to_square(
     image:np.ndarray, # (h, w), of the film's shape: the film, or a mask of it
     g:Geometry,

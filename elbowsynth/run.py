@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from .core import Stage, clock, profile_values, replacing, root, save_json, stages
 
-# %% ../nbs/90_run.ipynb #9edd1eb4
+# %% ../nbs/90_run.ipynb #6ad033c5
 @dataclass
 class Job:
     "A stage as it is to run"
@@ -24,6 +24,7 @@ class Job:
     reads:list[str] # Names of the stages whose folders it reads
     code:str # Digest of what it would execute
 
+# %% ../nbs/90_run.ipynb #8e2f49b7
 def job_values(
     known:list[Stage], # All stages
     profile:dict[str,dict], # What the profile sets in each
@@ -68,7 +69,7 @@ def wanted(
         found, todo = found|{s}, todo+[r for r in graph[s] if r not in found]
     return found
 
-# %% ../nbs/90_run.ipynb #63755ad8
+# %% ../nbs/90_run.ipynb #e032b9be
 def syntax(
     source:str, # Python
 )->str: # A text that is the same for the same code
@@ -79,6 +80,7 @@ def syntax(
             o.body = o.body[1:] or [ast.Pass()]
     return ast.dump(tree)
 
+# %% ../nbs/90_run.ipynb #c39abfba
 def imported(
     source:str, # Python
 )->set[str]: # Names of this library's modules
@@ -143,7 +145,7 @@ class Tee:
             if l.endswith(' left'): self.tell(l)
     def flush(self): self.log.flush()
 
-# %% ../nbs/90_run.ipynb #37ee51fa
+# %% ../nbs/90_run.ipynb #5f503398
 def say(
     text:str, # A line
 ):
@@ -159,6 +161,7 @@ def follow(
         try: os.kill(pid, 0)
         except ProcessLookupError: os._exit(1)
 
+# %% ../nbs/90_run.ipynb #bb67e3d5
 def failure(
     error:Exception, # What papermill raised
     notebook:Path, # The notebook
@@ -171,7 +174,7 @@ def failure(
     where = f', cell {at}: `{next((l for l in "".join(failed[0]["source"]).splitlines() if not l.startswith("#")), "")}`' if at else ''
     return f'{notebook.parent.name}/{notebook.name}{where}\n{getattr(error, "ename", type(error).__name__)}: {getattr(error, "evalue", error)}'
 
-# %% ../nbs/90_run.ipynb #64a0a3cb
+# %% ../nbs/90_run.ipynb #6fcd44cc
 def run_stage(
     job:Job, # What to run
     place:str, # `3 of 13`
@@ -189,7 +192,7 @@ def run_stage(
         tee = Tee(f, lambda line: say(f'stage {place}: {job.name}   {line}'))
         logging.getLogger('papermill').setLevel(logging.ERROR)
         try: papermill.execute_notebook(top/job.notebook, copy, job.values, kernel_name='python3', cwd=top, progress_bar=False, stdout_file=tee, stderr_file=tee,
-                                        extra_arguments=['--log-level=ERROR'])
+                                        extra_arguments=['--log-level=CRITICAL'])
         except Exception as e:
             text = failure(e, top/job.notebook, copy)
             f.write('\n'.join(getattr(e, 'traceback', None) or [text]))
@@ -202,7 +205,7 @@ def run_stage(
     say(f'stage {place}: {job.name} done in {clock(seconds)}')
     return 0
 
-# %% ../nbs/90_run.ipynb #327c632e
+# %% ../nbs/90_run.ipynb #17e6ac76
 def times(
     folder:Path, # Of a run
 )->dict[str,float]: # Stage to seconds, in the order of the stages
@@ -210,6 +213,7 @@ def times(
     took = {p.stem: json.loads(p.read_text())['seconds'] for p in (Path(folder)/'logs').glob('*.json')}
     return {s.name: took[s.name] for s in stages(root()/'nbs') if s.name in took}
 
+# %% ../nbs/90_run.ipynb #5ef69b2f
 def write_report(
     folder:Path, # Of a run
     copy:Path, # An executed stage notebook
@@ -253,7 +257,7 @@ def hold(
         except BlockingIOError: time.sleep(.2)
     raise RuntimeError(f'another study is working in {path.parent}: wait for it, or choose another folder with RUN=NAME')
 
-# %% ../nbs/90_run.ipynb #024d0f18
+# %% ../nbs/90_run.ipynb #63dee083
 def study(
     profile:str='demo', # Name of a file in `params`
     data:str='', # A user's folder of films
@@ -276,6 +280,7 @@ def study(
                           env=environment(max(1, cores//2)), cwd=top, stdin=subprocess.DEVNULL, pass_fds=[lock.fileno()]).returncode
     return finish(top/folder, jobs, done)
 
+# %% ../nbs/90_run.ipynb #e585ddaa
 def finish(
     folder:Path, # Of the run
     jobs:list[Job], # What was to be done

@@ -46,13 +46,13 @@ def process(
     finally: os.chdir(here)
     return sorted((out/'nbs').glob('*.ipynb'))
 
-# %% ../nbs/91_site.ipynb #cd655e75
+# %% ../nbs/91_site.ipynb #0dd5a2ee
 def render()->Path: # The front page
     "Render the site into `_docs`, with `quarto` if it is on PATH, else with smalldocs"
     top = root()
     pages = process(top/'_proc')
     quarto = shutil.which('quarto')
-    tool = [quarto, 'render'] if quarto else [sys.executable, '-m', 'smalldocs', 'render', '.']
+    tool = [quarto, 'render'] if quarto else [Path(sys.executable).parent/'smalldocs', 'render', '.']
     print(f'{len(pages)} pages; rendering with {"quarto" if quarto else "smalldocs, since there is no quarto on PATH"}')
     subprocess.run(tool, cwd=top/'_proc', check=True)
     shutil.rmtree(top/'_docs', ignore_errors=True)

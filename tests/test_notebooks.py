@@ -52,7 +52,7 @@ def stage_faults(path):
             bad += [f'{f.name}: a default hangs on the parameter {n}' for n in used & names]
     return bad
 
-@pytest.mark.parametrize('path', map(named, STAGES))
+@pytest.mark.parametrize('path', [named(p) for p in STAGES])
 def test_stage_ends_as_papermill_needs_it(path): assert stage_faults(path)==[]
 
 def test_stage_rules_see_faults(tmp_path):
@@ -66,10 +66,10 @@ def test_stage_rules_see_faults(tmp_path):
     (tmp_path/'02_twice.ipynb').write_text(json.dumps({'cells': twice}))
     assert rebound(tmp_path/'02_twice.ipynb')==['x']
 
-@pytest.mark.parametrize('path', map(named, NOTEBOOKS))
+@pytest.mark.parametrize('path', [named(p) for p in NOTEBOOKS])
 def test_names_are_bound_once(path): assert rebound(path)==[]
 
-@pytest.mark.parametrize('path', map(named, NOTEBOOKS))
+@pytest.mark.parametrize('path', [named(p) for p in NOTEBOOKS])
 def test_no_traces_in_outputs(path):
     nb = json.loads(path.read_text(encoding='utf-8'))
     assert not {'widgets', 'papermill'} & set(nb['metadata'])
@@ -81,7 +81,7 @@ def test_no_traces_in_outputs(path):
         assert not any(o['output_type']=='error' for o in c['outputs'])
         assert len(json.dumps(c['outputs']))<150_000
 
-@pytest.mark.parametrize('path', map(named, [p for p in NOTEBOOKS if p.stem!='index']))
+@pytest.mark.parametrize('path', [named(p) for p in [p for p in NOTEBOOKS if p.stem!='index']])
 def test_reads_as_a_page(path):
     assert source(cells(path)[0]).startswith(f'#| default_exp {path.stem.split("_", 1)[1]}')
     head = source(cells(path, 'markdown')[0])
