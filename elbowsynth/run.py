@@ -280,7 +280,7 @@ def study(
                           env=environment(max(1, cores//2)), cwd=top, stdin=subprocess.DEVNULL, pass_fds=[lock.fileno()]).returncode
     return finish(top/folder, jobs, done)
 
-# %% ../nbs/90_run.ipynb #e585ddaa
+# %% ../nbs/90_run.ipynb #ee40301f
 def finish(
     folder:Path, # Of the run
     jobs:list[Job], # What was to be done
@@ -292,10 +292,11 @@ def finish(
         say(f'not finished: {", ".join(left) or "see above"}. What is done is kept; the same command goes on from there.')
         return code or 1
     took = times(folder)
-    say(f'all {len(jobs)} stages are done; their last runs took ' + ', '.join(f'{j.name} {clock(took[j.name])}' for j in jobs if j.name in took))
+    say(f'all {len(jobs)} stages are done; where the time went when each last ran:')
+    for j in jobs: say(f'    {j.name:<12}{clock(took[j.name]):>8}')
     last = folder/'notebooks'/Path(jobs[-1].notebook).name
     installed = root()/'.venv'/'installed'
-    if installed.exists(): say(f'installation took {clock(float(installed.read_text() or 0))}, once')
+    if installed.exists(): say(f'    {"installation":<12}{clock(float(installed.read_text() or 0)):>8}')
     if jobs[-1].name=='figures': say(f'report: {write_report(folder, last)}')
     else: say(f'results: {", ".join(str((folder/j.out).relative_to(root())) for j in jobs[-2:])}')
     return 0

@@ -1,5 +1,5 @@
 "What every test can use, and the word on what was left out"
-import os, subprocess, sys
+import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -29,3 +29,11 @@ def sh(*command, cwd=ROOT, check=True, timeout=1200, **env):
                           env=base | {'PATH': path, 'JUPYTER_PREFER_ENV_PATH': '1'} | env)
     if check and done.returncode: pytest.fail(f'{" ".join(map(str, command))} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}')
     return done
+
+def copy_of_checkout(to):
+    "What a clone would hold: the files that git knows, as they are here"
+    for name in subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0'):
+        if name and (ROOT/name).exists():
+            (to/name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT/name, to/name)
+    return to

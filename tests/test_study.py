@@ -3,21 +3,13 @@ import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd
 import pytest
-from conftest import ROOT, sh
+from conftest import ROOT, copy_of_checkout, sh
 from elbowsynth.core import stages
 from elbowsynth.data import caption, write_png
 from elbowsynth.phantom import phantom
 
 pytestmark = pytest.mark.long('runs the smoke study, minutes')
 STAGES = [s.name for s in stages(ROOT/'nbs')]
-
-def copy_of_checkout(to):
-    "What a clone would hold: the files that git knows, as they are here"
-    for name in subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0'):
-        if name and (ROOT/name).exists():
-            (to/name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT/name, to/name)
-    return to
 
 def files(folder): return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob('*') if p.is_file() and '_runs' not in p.parts and '__pycache__' not in p.parts}
 def study(top, *args, check=True): return sh(sys.executable, '-m', 'elbowsynth.run', 'study', '--profile', 'smoke', *args, cwd=top, check=check, PYTHONPATH=str(top))
@@ -155,12 +147,3 @@ def test_two_films_of_one_patient(smoke, tmp_path, make):
     assert pairs.caption.tolist()==[caption(v, ['normal']) for v in ('AP', 'LAT')]
     for model in ('sdxl', 'flux'):
         assert {p.stem for p in (smoke['top']/'_runs'/f'smoke-{films.name}'/model/'samples'/'0000').glob('*.png')}==set(pairs.pair)
-
-def test_a_wheel_imports(tmp_path):
-    top = copy_of_checkout(tmp_path/'clone')
-    sh(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', tmp_path, top)
-    wheel, = tmp_path.glob('elbowsynth-*.whl')
-    sh(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path/'site', wheel)
-    names = sorted(p.stem for p in (ROOT/'elbowsynth').glob('*.py') if not p.stem.startswith('_'))
-    code = f'import importlib, elbowsynth; mods = [importlib.import_module("elbowsynth."+n) for n in {names!r}]; assert all({str(tmp_path)!r} in m.__file__ for m in mods); print(len(mods))'
-    assert int(sh(sys.executable, '-c', code, cwd=tmp_path, PYTHONPATH=str(tmp_path/'site')).stdout)==len(names)
