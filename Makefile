@@ -29,7 +29,7 @@ test: install ## Run the tests; ALL=1 runs those that take minutes, too
 	@ELBOWSYNTH_ALL="$(ALL)" $(IN)python -m pytest tests
 
 lab: install ## Open the notebooks in JupyterLab, with the parameters of PROFILE
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 $(IN)jupyter lab nbs --LabApp.news_url=None
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 $(IN)jupyter lab nbs --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 
 site: install ## Render the site into _docs
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site

@@ -213,7 +213,7 @@ def times(
     took = {p.stem: json.loads(p.read_text())['seconds'] for p in (Path(folder)/'logs').glob('*.json')}
     return {s.name: took[s.name] for s in stages(root()/'nbs') if s.name in took}
 
-# %% ../nbs/90_run.ipynb #5ef69b2f
+# %% ../nbs/90_run.ipynb #1fe03b87
 def write_report(
     folder:Path, # Of a run
     copy:Path, # An executed stage notebook
@@ -222,7 +222,7 @@ def write_report(
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(copy, as_version=4)
-    after = max(i for i,c in enumerate(nb.cells) if {'parameters', 'injected-parameters'} & set(c.metadata.get('tags', [])))
+    after = max(i for i,c in enumerate(nb.cells) if 'parameters' in c.metadata.get('tags', []) or 'lab_profile(' in c.source)
     rows = ''.join(f'<tr><td>{html.escape(s)}</td><td style="text-align:right">{clock(t)}</td></tr>' for s,t in times(folder).items())
     table = f'## Where the time went\n\n<table><tr><th>stage</th><th>time</th></tr>{rows}</table>'
     nb.cells = [c for c in nb.cells[after+1:] if c.cell_type=='markdown' or c.get('outputs')] + [nbformat.v4.new_markdown_cell(table)]

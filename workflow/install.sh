@@ -14,5 +14,6 @@ then VIRTUAL_ENV="$PWD/.venv" "$uv" pip install -q --require-hashes -r requireme
 else .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
 fi
 .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+.venv/bin/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" >/dev/null 2>&1    # it would ask the web for news
 echo "$(($(date +%s)-start))" > .venv/installed
 echo "Installed in $(cat .venv/installed) s."
