@@ -1,11 +1,11 @@
-# Everything a person does here starts with make; `make help` lists it. No setting of the machine is needed or changed: the environment is .venv, results are in _runs.
-PROFILE ?= demo
-DATA ?=
-RUN ?=
-SET ?=
-ALL ?=
+# Everything a person does here starts with make; `make help` lists it. Nothing of the shell's environment decides what runs: what is set is set behind make.
+PROFILE := demo
+DATA :=
+RUN :=
+SET :=
+ALL :=
 IN := .venv/bin/
-STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" $(foreach s,$(SET),--set '$(s)')
+STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)'
 
 .PHONY: help study inpaint test lab site readme prepare lock install clean
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ study: install ## Run the whole study, or what is left of it, and write its repo
 	@$(STUDY)
 
 inpaint: install ## Draw with the untrained base models into the masks of DATA=FOLDER, without a split
-	@$(STUDY) --set split= --set epochs=0 --set boost_epochs=0 --target sdxl --target flux
+	@$(STUDY) --set 'split= epochs=0 boost_epochs=0 sdxl.out=sdxl_untrained flux.out=flux_untrained' --target sdxl --target flux
 
 test: install ## Run the tests; ALL=1 runs those that take minutes, too
 	@ELBOWSYNTH_ALL="$(ALL)" $(IN)python -m pytest tests

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['root', 'need', 'replacing', 'rounded', 'save_json', 'clock', 'TooLong', 'progress', 'Stage', 'read_parameters',
-           'stages', 'profile_values', 'injected', 'lab_profile', 'show_images', 'digest', 'claim']
+           'stages', 'typed', 'mistyped', 'profile_values', 'injected', 'lab_profile', 'show_images', 'digest', 'claim']
 
-# %% ../nbs/00_core.ipynb #5209f922
-import ast, hashlib, json, os, sys, time
+# %% ../nbs/00_core.ipynb #14942bd5
+import ast, glob, hashlib, json, os, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ def need(
     raise FileNotFoundError(f'{path} is missing: the stage `{stage}` writes it. Run that notebook first, or `make study`, '
                             'which runs the stages in their order.')
 
-# %% ../nbs/00_core.ipynb #0de0f68a
+# %% ../nbs/00_core.ipynb #f1d412b0
 @contextmanager
 def replacing(
     path:Path, # The file that is to exist, whole, when the block ends well
@@ -41,7 +41,7 @@ def replacing(
     "Yield a name beside `path` to write to, and rename it to `path` at the end; after an error or a kill `path` is as it was"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{os.getpid()}-{path.name}')
+    tmp = path.with_name(f'.part-{path.name}')
     try:
         yield tmp
         os.replace(tmp, path)
@@ -79,7 +79,7 @@ def clock(
     m,s = divmod(int(round(seconds)), 60)
     return f'{m}:{s:02d}' if m<60 else f'{m//60}:{m%60:02d}:{s:02d}'
 
-# %% ../nbs/00_core.ipynb #cc7ba3fe
+# %% ../nbs/00_core.ipynb #2395faac
 class TooLong(RuntimeError): "A loop that would take longer than it was allowed to"
 
 def progress(
@@ -87,11 +87,11 @@ def progress(
     what:str, # Its name, as the reader sees it
     total:int=None, # How many there are, if `items` does not say
     limit:float=0, # Minutes that it may take; 0 for no limit
-    every:float=15, # Seconds between two lines in a log
+    every:float=None, # Seconds between two lines in a log; 15, or what the runner asks for
 ):
     "Yield `items` behind a bar on a terminal or in JupyterLab, and with a line now and then in a log; refuse early what is too long"
     total = len(items) if total is None else total
-    screen = sys.stderr.isatty() or 'JPY_SESSION_NAME' in os.environ
+    screen, every = sys.stderr.isatty() or 'JPY_SESSION_NAME' in os.environ, every or float(os.environ.get('ELBOWSYNTH_EVERY', 15))
     start = said = first = time.monotonic()
     with tqdm(total=total, desc=what, disable=not screen, leave=False) as bar:
         for i,item in enumerate(items, 1):
@@ -133,7 +133,28 @@ def stages(
     found = [(p, read_parameters(p)) for p in sorted(Path(folder).glob('[0-9]*.ipynb'))]
     return [Stage(p.stem.split('_', 1)[1], p, o) for p,o in found if o is not None]
 
-# %% ../nbs/00_core.ipynb #765f05d1
+# %% ../nbs/00_core.ipynb #247ad29a
+def typed(
+    value, # As YAML or a command line gives it
+    default, # Of the parameter
+):
+    "`value` in the type of `default`; `1e-4` is text to YAML, and 1 no float"
+    if type(default) is float and not isinstance(value, bool): return float(value)
+    if type(value) is not type(default): raise ValueError
+    return value
+
+# %% ../nbs/00_core.ipynb #fc4e3710
+def mistyped(
+    name:str, # Of the parameter
+    value, # What it was given
+    default, # What it has by itself
+)->list[str]: # Empty if it fits
+    "The fault of a value that does not fit its parameter"
+    try: typed(value, default)
+    except (ValueError, TypeError): return [f'{name} is {value!r}, while it wants {type(default).__name__}, as in {default!r}']
+    return []
+
+# %% ../nbs/00_core.ipynb #cfe0091c
 def profile_values(
     profile:str, # Name of a file in `params`
     known:list[Stage], # The stages there are
@@ -148,12 +169,14 @@ def profile_values(
     names = {s.name: s.defaults for s in known}
     bad = [f'no stage is called {k!r}' for k in said if k not in names and k!='all']
     bad += [f'{k} has no parameter {p!r}' for k in said if k in names for p in said[k] or {} if p not in names[k]]
-    bad += [f'no stage has a parameter {p!r}' for p in said.get('all') or {} if not any(p in d for d in names.values())]
-    if bad: raise ValueError(f'{path.name}: ' + '; '.join(bad))
     common = said.get('all') or {}
-    return {k: {p: v for p,v in common.items() if p in d} | (said.get(k) or {}) for k,d in names.items()}
+    bad += [f'no stage has a parameter {p!r}' for p in common if not any(p in d for d in names.values())]
+    given = {k: {p: v for p,v in (common | (said.get(k) or {})).items() if p in d} for k,d in names.items()}
+    bad += [f for k in given for p,v in given[k].items() for f in mistyped(f'{k}.{p}', v, names[k][p])]
+    if bad: raise ValueError(f'{path.name}: ' + '; '.join(bad))
+    return {k: {p: typed(v, names[k][p]) for p,v in given[k].items()} for k in given}
 
-# %% ../nbs/00_core.ipynb #3219d2bc
+# %% ../nbs/00_core.ipynb #3cdb0d44
 def injected(
     history:list[str], # The cells that a session has run, as text
 )->set[str]: # Names that papermill set
@@ -168,7 +191,10 @@ def lab_profile(
     "What the active profile changes in the parameters of an open notebook"
     profile = os.environ.get('ELBOWSYNTH_PROFILE') or ('demo' if 'JPY_SESSION_NAME' in os.environ else 'none')
     if profile=='none': return {}
-    values = {'run': f'_runs/{profile}'} | profile_values(profile, stages(root()/'nbs'))[stage]
+    known = stages(root()/'nbs')
+    values = {'run': f'_runs/{profile}'} | profile_values(profile, known)[stage]
+    mark = root()/values['run']/next(s.defaults for s in known if s.name==stage)['out']/'stage.json'
+    if history: mark.unlink(missing_ok=True)                        # what this notebook is about to write, the runner has not seen
     return {k: v for k,v in values.items() if k not in injected(history)}
 
 # %% ../nbs/00_core.ipynb #a80659c6
@@ -190,7 +216,7 @@ def show_images(
     fig.subplots_adjust(0, 0, 1, .86 if titles and rows==1 else .95 if titles else 1, .03, .16 if titles else .03)
     return fig
 
-# %% ../nbs/00_core.ipynb #cc9f2da2
+# %% ../nbs/00_core.ipynb #57295d5a
 def digest(
     *parts, # Arrays, or anything that JSON knows
 )->str: # Twelve hexadecimal digits
@@ -205,9 +231,13 @@ def claim(
 )->bool: # Whether the folder already held work of the same cause
     "Make `folder` belong to `cause`, setting aside what another cause left there"
     folder, cause = Path(folder), rounded(cause)
-    there = folder/'cause.json'
-    same = there.is_file() and json.loads(there.read_text())==cause
-    if not same:
-        if there.is_file(): folder.rename(next(p for i in range(1, 1000) if not (p := folder.with_name(f'{folder.name}-before-{i}')).exists()))
-        save_json(there, cause)
-    return same
+    of = lambda f: json.loads((f/'cause.json').read_text()) if (f/'cause.json').is_file() else None
+    if of(folder)==cause: return True
+    back = [p for p in folder.parent.glob(f'{glob.escape(folder.name)}-before-*') if of(p)==cause]
+    if of(folder) is not None:
+        aside = next(p for i in range(1, 1000) if not (p := folder.with_name(f'{folder.name}-before-{i}')).exists())
+        folder.rename(aside)
+        print(f'{folder.name} was made with other films or settings: that work is kept as {aside.name}')
+    if back: back[0].rename(folder)
+    else: save_json(folder/'cause.json', cause)
+    return bool(back)

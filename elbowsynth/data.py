@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TABLE3', 'PATHOLOGIES', 'VIEWS', 'SIDES', 'REGIONS', 'COLUMNS', 'WORDS', 'region_of', 'caption', 'read_image',
-           'write_png', 'BadLabels', 'inside', 'table_faults', 'read_labels', 'split', 'breakdown', 'read_pairs',
-           'load_images']
+           'write_png', 'BadLabels', 'inside', 'table_faults', 'read_table', 'white', 'image_faults', 'read_labels',
+           'split', 'breakdown', 'read_pairs', 'load_images']
 
-# %% ../nbs/01_data.ipynb #6851e44c
-import io
+# %% ../nbs/01_data.ipynb #7739bac8
+import csv, io
 from pathlib import Path
 import cv2, numpy as np, pandas as pd
 from .core import need, progress, replacing
@@ -47,13 +47,14 @@ def caption(
     for p in pathologies: region_of(p)                              # refuses what is not a class
     return f'{name} x-ray of an elbow displaying {", ".join(pathologies)}'
 
-# %% ../nbs/01_data.ipynb #ecbc8152
+# %% ../nbs/01_data.ipynb #a9532ae2
 def read_image(
     path:Path, # A PNG, JPEG, TIFF or BMP file
 )->np.ndarray: # (h, w) or (h, w, 3) in RGB order, uint8 or uint16
     "Decode a film as it is: 16-bit films stay 16-bit, colour stays (overlays are coloured), transparency goes"
     data = np.fromfile(path, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if len(data) else None
+    try: image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    except cv2.error: image = None                                  # empty, or larger than OpenCV dares
     if image is None or image.dtype not in (np.uint8, np.uint16): raise ValueError(f'{Path(path).name} cannot be read as an 8- or 16-bit image')
     return image if image.ndim==2 else cv2.cvtColor(image, cv2.COLOR_BGRA2RGB if image.shape[2]==4 else cv2.COLOR_BGR2RGB)
 
@@ -81,48 +82,81 @@ def inside(
     path = Path(folder, name)
     return path if path.is_file() and path.resolve().is_relative_to(Path(folder).resolve()) else None
 
-# %% ../nbs/01_data.ipynb #523f81bd
+# %% ../nbs/01_data.ipynb #acc244c6
 def table_faults(
-    table:pd.DataFrame, # Columns `COLUMNS` and `mask`, in the study's words
+    table:pd.DataFrame, # Columns `COLUMNS` and `mask`, in the study's words, indexed by line
     folder:Path, # Where the files lie
-)->list[tuple]: # (row, file, fault) for each, rows counted as a spreadsheet does
+)->list[tuple]: # (line, file, fault) for each
     "What is wrong with each row taken alone, and with rows that contradict one another"
     bad = []
-    for i,r in enumerate(table.itertuples(), 2):
+    for i,r in zip(table.index, table.itertuples()):
         bad += [(i, r.file, f'unknown {k} {v!r}; known: {", ".join(dict.fromkeys(WORDS[k].values()))}')
                 for k in WORDS if (v := getattr(r, k)) not in WORDS[k].values()]
         bad += [(i, r.file, f'empty {k}') for k in ('file', 'patient') if not getattr(r, k)]
         bad += [(i, r.file, f'no such file in the folder: {n!r}') for n in (r.file, r.mask) if n and not inside(folder, n)]
-    row = dict(zip(table.index, range(2, len(table)+2)))
-    for i in table.index[table.duplicated(['file', 'pathology'])]: bad.append((row[i], table.file[i], 'this film and pathology stand in an earlier row'))
+    for i in table.index[table.duplicated(['file', 'pathology'])]: bad.append((i, table.file[i], 'this film and pathology stand in an earlier row'))
     for file,g in table.groupby('file', sort=False):
-        bad += [(row[g.index[0]], file, f'rows disagree about its {k}: {", ".join(sorted(set(g[k])))}') for k in ('patient', 'view', 'side') if g[k].nunique()>1]
-        if len(g)>1 and 'normal' in set(g.pathology): bad.append((row[g.index[0]], file, 'both normal and a pathology'))
+        bad += [(g.index[0], file, f'rows disagree about its {k}: {", ".join(sorted(set(g[k])))}') for k in ('patient', 'view', 'side') if g[k].nunique()>1]
+        if len(g)>1 and 'normal' in set(g.pathology): bad.append((g.index[0], file, 'both normal and a pathology'))
     for image,g in table.groupby('image', sort=False):
-        if g.file.nunique()>1: bad.append((row[g.index[0]], g.file.iloc[0], f'two files of one name: {", ".join(g.file.unique())}'))
+        if g.file.nunique()>1: bad.append((g.index[0], g.file.iloc[0], f'two files of one name: {", ".join(g.file.unique())}'))
     return bad
 
-# %% ../nbs/01_data.ipynb #5a1c928b
+# %% ../nbs/01_data.ipynb #2c0d7f08
+def read_table(
+    path:Path, # A CSV file
+)->pd.DataFrame: # Its cells as text, without spaces around them, indexed by line as a spreadsheet counts
+    "A table as spreadsheets write it; raises `BadLabels` if it is none"
+    try: text = Path(path).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError: raise BadLabels(f'{path} is not in UTF-8: save it as "CSV UTF-8"') from None
+    head = next((l for l in text.splitlines() if l.strip() and not l.startswith('sep=')), '')
+    lines = csv.reader(io.StringIO(text), delimiter=max(',;\t', key=head.count))
+    rows = [(lines.line_num, [c.strip() for c in r]) for r in lines if any(c.strip() for c in r) and not r[0].startswith('sep=')]
+    if len(rows)<2: raise BadLabels(f'{path}: no rows below the header')
+    names = [c.lower() for c in rows[0][1]]
+    wide = [f'line {i} has {len(r)} cells, the header {len(names)}' for i,r in rows if any(r[len(names):])]
+    if wide: raise BadLabels(f'{path}: ' + '; '.join(wide))
+    return pd.DataFrame([(r+['']*len(names))[:len(names)] for _,r in rows[1:]], columns=names, index=[i for i,_ in rows[1:]])
+
+# %% ../nbs/01_data.ipynb #47f8e3ed
+def white(
+    mask:np.ndarray, # (h, w) or (h, w, 3), any two or more greys
+)->np.ndarray: # (h, w) bool
+    "Where a mask is white: above half of its brightest grey, since some tools write 1 for white"
+    grey = mask if mask.ndim==2 else mask.max(2)
+    return grey>grey.max()/2
+
+def image_faults(
+    table:pd.DataFrame, # As for `table_faults`
+    folder:Path, # Where the files lie
+)->list[tuple]: # (line, file, fault) for each
+    "What is wrong with the pictures that a table names"
+    bad, shapes = [], {}
+    for i,r in progress(list(zip(table.index, table.itertuples())), 'Checking films'):
+        for name in filter(None, (r.file, r.mask)):
+            path = inside(folder, name)
+            if not path or (name==r.file and name in shapes): continue
+            try: image = read_image(path)
+            except ValueError as e: bad.append((i, name, str(e))); continue
+            if name==r.file: shapes[name] = image.shape[:2]
+            elif r.file in shapes and image.shape[:2]!=shapes[r.file]: bad.append((i, name, f'a mask of {image.shape[:2]}, while {r.file} is {shapes[r.file]}'))
+            elif not white(image).any(): bad.append((i, name, 'a mask in which nothing is white'))
+    return bad
+
+# %% ../nbs/01_data.ipynb #49968a9b
 def read_labels(
     folder:Path, # Image files and `labels.csv` with columns file, patient, view, side, pathology and, if there are any, mask
 )->pd.DataFrame: # A row for each pair, with `image`, the film's name without its ending
     "The table of a folder of films; raises `BadLabels` with every fault of the folder"
-    text = need(Path(folder)/'labels.csv', 'phantom').read_text(encoding='utf-8-sig')
-    sep = ';' if ';' in text.split('\n', 1)[0] else ','
-    table = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, skipinitialspace=True)
-    table.columns = [c.strip().lower() for c in table.columns]
+    table = read_table(need(Path(folder)/'labels.csv', 'phantom'))
     missing = [c for c in COLUMNS if c not in table]
-    if missing or not len(table): raise BadLabels(f'{folder}/labels.csv: ' + (f'missing columns {", ".join(missing)}; it has {", ".join(table.columns)}'
-                                                                            if missing else 'no rows below the header'))
-    table = table.assign(mask=table.get('mask', ''))[COLUMNS+['mask']].apply(lambda c: c.str.strip())
+    if missing: raise BadLabels(f'{folder}/labels.csv: missing columns {", ".join(missing)}; it has {", ".join(table.columns)}')
+    table = table.assign(mask=table.get('mask', ''))[COLUMNS+['mask']]
     for k,words in WORDS.items(): table[k] = [words.get(' '.join(v.lower().replace('_', ' ').split()), v) for v in table[k]]
     table['image'] = [Path(f).stem for f in table.file]
-    bad = table_faults(table, folder)
-    for file in progress(dict.fromkeys([*table.file, *table['mask'][table['mask']!='']]), 'Checking films'):
-        try: inside(folder, file) and read_image(inside(folder, file))
-        except ValueError as e: bad.append((int(np.argmax((table.file==file)|(table['mask']==file)))+2, file, str(e)))
-    if bad: raise BadLabels(f'{folder}/labels.csv: {len(bad)} fault{"s"*(len(bad)>1)}\n' + '\n'.join(f'  row {i}, {f or "(no file)"}: {t}' for i,f,t in sorted(set(bad))))
-    return table
+    bad = sorted(set(table_faults(table, folder)+image_faults(table, folder)))
+    if bad: raise BadLabels(f'{folder}/labels.csv: {len(bad)} fault{"s"*(len(bad)>1)}\n' + '\n'.join(f'  row {i}, {f or "(no file)"}: {t}' for i,f,t in bad))
+    return table.reset_index(drop=True)
 
 # %% ../nbs/01_data.ipynb #ece01f86
 def split(

@@ -7,8 +7,8 @@ __all__ = ['STYLE', 'METRICS', 'NAMES', 'PAPER', 'save_figure', 'film_figure', '
            'learning_curves', 'sample_row', 'table1', 'stage_values', 'films_sentence', 'changed_values',
            'run_sentences', 'model_sentences', 'model_figures', 'honest_sentences', 'open_run', 'normal_pairs']
 
-# %% ../nbs/15_figures.ipynb #296ebc1e
-import json
+# %% ../nbs/15_figures.ipynb #0d618007
+import glob, json
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, seaborn as sns
@@ -50,7 +50,7 @@ def film_figure(
         if below: fig.supxlabel(below, fontsize=8, style='italic')
     return fig
 
-# %% ../nbs/15_figures.ipynb #9b17ab53
+# %% ../nbs/15_figures.ipynb #8b104419
 def samples_of(
     run:Path, # Folder of the run
     model:str, # Folder of a model
@@ -58,7 +58,7 @@ def samples_of(
     kind:str='samples', # Or `raw`
 )->dict[int,Path]: # Epoch to file
     "What a model drew for a pair at its checkpoints"
-    return {int(p.parent.name): p for p in sorted((Path(run)/model/kind).glob(f'[0-9]*/{pair}.png'))}
+    return {int(p.parent.name): p for p in sorted((Path(run)/model/kind).glob(f'[0-9]*/{glob.escape(pair)}.png'))}
 
 def choose_pair(
     run:Path, # Folder of the run
@@ -150,12 +150,12 @@ def table1(
             for o in best[best.block==block].itertuples()]
     return pd.DataFrame(rows, columns=['Metric', 'Model', 'Best score', 'Noise improvement', 'Epoch', 'Pairs', 'Noise', 'Paper: score', 'Paper: improvement'])
 
-# %% ../nbs/15_figures.ipynb #88049d1d
+# %% ../nbs/15_figures.ipynb #83804050
 def stage_values(
     run:Path, # Folder of the run
 )->dict[str,dict]: # Stage to the values of its parameters
     "What the stages of a run were run with, as far as it is recorded"
-    notes = [json.loads(p.read_text()) for p in sorted(Path(run).glob('*/stage.json'))]
+    notes = [json.loads(p.read_text()) for p in sorted(Path(run).glob('*/stage.json')) if '-before-' not in p.parent.name]
     return {o['name']: o['values'] for o in notes}
 
 def films_sentence(

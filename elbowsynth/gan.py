@@ -126,7 +126,7 @@ def frozen(
     finally:
         for p in (p for n in nets for p in n.parameters()): p.requires_grad_(True)
 
-# %% ../nbs/07_gan.ipynb #1d6aa7b2
+# %% ../nbs/07_gan.ipynb #087c5d80
 def steps(
     out:Path, # The model's folder
     n:int, # Training films
@@ -146,6 +146,8 @@ def steps(
         if step in due: save_samples(Path(out)/'samples', due[step], names, draw())
         save_checkpoint(file, nets, opts, step=step)
     done = load_checkpoint(file, nets, opts)['step'] if file.exists() else 0
+    if done>max(due): raise ValueError(f'{file.parent.name} was trained for {done} minibatches, and {epochs} epochs are only {max(due)}: '
+                                       'ask for as many epochs as it has, or give the run another folder')
     if done in due and not (Path(out)/'samples'/f'{due[done]:04d}').is_dir(): save(done)
     saved = time.monotonic()
     for step,at in enumerate(minibatches(n, batch, epochs, seed, done), done+1):

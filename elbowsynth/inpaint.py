@@ -6,10 +6,10 @@
 __all__ = ['Pairs', 'inpaint_pairs', 'toy_pairs', 'masked_image', 'composite', 'mask_some_wholly', 'cell_mask', 'masked_mse',
            'inside_outside', 'stochastic_round', 'Adafactor', 'base_faults', 'base_folder', 'tiny_clip_tokenizer',
            'tiny_clip', 'tiny_vae', 'settled', 'open_base', 'film_generator', 'draw_films', 'save_films',
-           'boosted_milestones', 'latest_checkpoint', 'save_pipeline', 'masked_losses', 'epoch_sheet']
+           'boosted_milestones', 'latest_checkpoint', 'keep_epochs', 'save_pipeline', 'masked_losses', 'epoch_sheet']
 
-# %% ../nbs/11_inpaint.ipynb #8071304f
-import copy, json, shutil
+# %% ../nbs/11_inpaint.ipynb #d7329d72
+import copy, glob, json, shutil
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
@@ -329,6 +329,14 @@ def latest_checkpoint(
                                                 'ask for as many epochs as it has, or set `boost_epochs` to 0, or give another `out`')
     return proper, step
 
+# %% ../nbs/11_inpaint.ipynb #8eee3640
+def keep_epochs(
+    out:Path, # A model's folder
+    epochs, # Those that the run has come to
+):
+    "Remove the films of all other epochs from `samples` and `raw`"
+    for d in [d for k in ('samples', 'raw') for d in (Path(out)/k).glob('[0-9]*') if int(d.name) not in set(epochs)]: shutil.rmtree(d)
+
 # %% ../nbs/11_inpaint.ipynb #0c43b8e0
 def save_pipeline(
     pipe, # A pipeline
@@ -355,12 +363,12 @@ def masked_losses(
     ax.legend(frameon=False)
     return fig
 
-# %% ../nbs/11_inpaint.ipynb #113e2ca4
+# %% ../nbs/11_inpaint.ipynb #7e745f65
 def epoch_sheet(
     out:Path, # A model's folder
     test:Pairs, # Pairs whose films were drawn into
     i:int=0, # Which of them
 )->tuple[list,list]: # Images and titles, for `show_images`
     "One pair: the real film, its mask, and what the model drew into it at each checkpoint"
-    found = sorted((Path(out)/'samples').glob(f'[0-9]*/{test.names[i]}.png'))
+    found = sorted((Path(out)/'samples').glob(f'[0-9]*/{glob.escape(test.names[i])}.png'))
     return [test.images[i], test.masks[i], *map(read_image, found)], ['real', 'mask', *[f'epoch {int(p.parent.name)}' for p in found]]

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['suggested_mask', 'mask_regions', 'pair_name', 'write_masks']
 
-# %% ../nbs/04_masks.ipynb #87b803ce
+# %% ../nbs/04_masks.ipynb #6f207b13
 import csv
+from dataclasses import asdict
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import need, progress, replacing
-from .data import PATHOLOGIES, REGIONS, caption, inside, read_image, read_pairs, region_of, write_png
-from .preprocess import Geometry, grey_of, to_square
+from .data import PATHOLOGIES, REGIONS, caption, inside, read_image, read_pairs, region_of, white, write_png
+from .preprocess import Geometry, to_square
 
 # %% ../nbs/04_masks.ipynb #03216221
 def suggested_mask(
@@ -39,25 +40,23 @@ def pair_name(
     "The name of a pair in files"
     return f'{image}__{pathology.replace(" ", "_")}'
 
-# %% ../nbs/04_masks.ipynb #9bbe66ac
+# %% ../nbs/04_masks.ipynb #74938890
 def write_masks(
     data:Path, # Films and drawn masks, as they came
     images:Path, # The squares, of the stage `preprocess`
     out:Path, # Folder to write
     limit:float=0, # Minutes it may take; 0 for no limit
 )->pd.DataFrame: # A row for each pair: `pairs.csv`
-    "A mask and a caption for each pair; all faulty masks are told at once"
-    films = pd.read_csv(need(Path(images)/'images.csv', 'preprocess'), dtype={'image': str, 'file': str}).set_index('image')
+    "A mask and a caption for each pair"
+    films = pd.read_csv(need(Path(images)/'images.csv', 'preprocess'), dtype={'image': str, 'file': str}, keep_default_na=False).set_index('image')
     pairs, bad, masks = read_pairs(images, 'preprocess'), [], {}
     pairs.insert(0, 'pair', [pair_name(i, p) for i,p in zip(pairs.image, pairs.pathology)])
     named = pairs.groupby('image').pathology.agg(lambda g: sorted(g, key=PATHOLOGIES.index))
     for r,region in progress(list(zip(pairs.itertuples(), mask_regions(pairs.pathology))), 'Masks', limit=limit):
         g, size = Geometry(**films.loc[r.image, list(Geometry.__annotations__)].to_dict()), read_image(Path(images)/f'{r.image}.png').shape[0]
-        drawn = grey_of(read_image(inside(data, r.mask))) if r.mask else None
-        if drawn is not None and drawn.shape!=(g.height, g.width): bad.append(f'{r.mask}: {drawn.shape}, while {r.file} is {(g.height, g.width)}'); continue
-        if drawn is not None: drawn = (drawn>np.iinfo(drawn.dtype).max//2).astype(np.uint8)*255
+        drawn = white(read_image(inside(data, r.mask))).astype(np.uint8)*255 if r.mask else None
         mask = suggested_mask(region, size) if drawn is None else to_square(drawn, g, size)>127
-        if not mask.any(): bad.append(f'{r.mask}: empty'+(' within the part of the film that was kept' if drawn.any() else '')); continue
+        if not mask.any(): bad.append(f'{r.mask}: nothing is left of it in the part of the film that was kept, {asdict(g)}'); continue
         write_png(Path(out)/f'{r.pair}.png', mask.astype(np.uint8)*255)
         masks[r.pair] = {'caption': caption(r.view, named[r.image]), 'mask_source': 'suggested' if drawn is None else 'drawn', 'area': round(mask.mean(), 4)}
     if bad: raise ValueError(f'{len(bad)} masks of {data} cannot be used:\n  ' + '\n  '.join(bad))

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['tiny_sdxl', 'load_sdxl', 'sdxl_input', 'sdxl_loss', 'sample_sdxl', 'train_sdxl']
 
-# %% ../nbs/12_sdxl.ipynb #af8257a2
+# %% ../nbs/12_sdxl.ipynb #542d9783
+import time
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from .core import claim, digest, progress
-from .inpaint import (Adafactor, Pairs, boosted_milestones, cell_mask, draw_films, inside_outside, latest_checkpoint, mask_some_wholly, masked_image, masked_mse, open_base,
+from .inpaint import (Adafactor, Pairs, boosted_milestones, cell_mask, draw_films, inside_outside, keep_epochs, latest_checkpoint, mask_some_wholly, masked_image, masked_mse, open_base,
                                 save_films, save_pipeline, settled, tiny_clip, tiny_clip_tokenizer, tiny_vae)
 from .training import Log, device_named, load_checkpoint, minibatches, save_checkpoint, to_signed
 
@@ -96,7 +97,7 @@ def sample_sdxl(
     return draw_films(pipe, images, masks, captions, names or [str(i) for i in range(len(images))], batch, seed, limit,
                       num_inference_steps=steps, guidance_scale=guidance, strength=1.)
 
-# %% ../nbs/12_sdxl.ipynb #d9281b7c
+# %% ../nbs/12_sdxl.ipynb #53a451d4
 def train_sdxl(
     train:Pairs, # To learn from
     test:Pairs, # To draw into at each checkpoint
@@ -128,6 +129,7 @@ def train_sdxl(
     claim(out, cause | {'films': digest(*train, *test)})
     plain, last, marks = boosted_milestones(n, batch, epochs, boost_epochs, every)
     path, start = latest_checkpoint(out, plain, last-plain)
+    keep_epochs(out, [e for s,e in marks.items() if s<=start])
     if start>=last and (out/'samples'/'0000').exists(): return out
     pipe = load_sdxl(base, dtype, device_named(device))
     nets = {k: getattr(pipe, k) for k in ('unet', 'text_encoder', 'text_encoder_2')}
@@ -136,7 +138,7 @@ def train_sdxl(
     opt = Adafactor(groups, lr, stochastic_rounding=stochastic_rounding)
     torch.manual_seed(seed)
     if path: load_checkpoint(path, nets, {'optimizer': opt})
-    log = Log(out/'log.jsonl', start)
+    log, saved = Log(out/'log.jsonl', start), time.monotonic()
     draw = lambda e: save_films(out, e, test, sample_sdxl(pipe, *test[1:], test.names, steps, guidance, sample_batch, seed, limit))
     if not (out/'samples'/'0000').exists(): draw(0)
     for step,at in enumerate(progress(minibatches(n, batch, epochs+boost_epochs, seed, start), 'SDXL', last-start, limit), start+1):
@@ -148,8 +150,9 @@ def train_sdxl(
         opt.step()
         opt.zero_grad()
         log.write(step, epoch=step*batch/n, loss=loss, **errors, area=masks.mean(), wholly=wholly.float().mean(), lr=opt.param_groups[0]['lr'])
-        if step in marks:
-            draw(marks[step])
-            if step==plain: save_pipeline(pipe, out/'model')
+        if step in marks: draw(marks[step])
+        if step==plain: save_pipeline(pipe, out/'model')
+        if step in marks or time.monotonic()-saved>1800:                # half an hour is the most that a kill costs
             save_checkpoint(out/f'{"boosted" if step>plain else "checkpoint"}.safetensors', nets, {'optimizer': opt}, step=step, plain=plain)
+            saved = time.monotonic()
     return out

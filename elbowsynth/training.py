@@ -104,7 +104,7 @@ def save_checkpoint(
     with replacing(path) as part:
         save_file({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in tensors.items()}, part, metadata={'state': json.dumps(state)})
 
-# %% ../nbs/06_training.ipynb #a03ab8e5
+# %% ../nbs/06_training.ipynb #3cd848de
 def load_checkpoint(
     path:Path, # A file that `save_checkpoint` wrote
     modules:dict, # Name to network, filled in place
@@ -121,7 +121,8 @@ def load_checkpoint(
         if optimizers is not None:
             random = part('random/')
             torch.set_rng_state(random.pop('cpu'))
-            if random and torch.cuda.is_available(): torch.cuda.set_rng_state_all([random[k] for k in sorted(random)])
+            for k,s in random.items():                              # a run may go on with fewer GPUs
+                if int(k.split(':')[1])<torch.cuda.device_count(): torch.cuda.set_rng_state(s, int(k.split(':')[1]))
     return {k: v for k,v in state.items() if '/' not in k}
 
 # %% ../nbs/06_training.ipynb #87e38da5

@@ -1,5 +1,6 @@
 "What a user installs"
 import sys
+import pytest
 from conftest import ROOT, copy_of_checkout, sh
 
 def test_a_wheel_imports(tmp_path):
@@ -10,3 +11,27 @@ def test_a_wheel_imports(tmp_path):
     names = sorted(p.stem for p in (ROOT/'elbowsynth').glob('*.py') if not p.stem.startswith('_'))
     code = f'import importlib, elbowsynth; mods = [importlib.import_module("elbowsynth."+n) for n in {names!r}]; assert all({str(tmp_path)!r} in m.__file__ for m in mods); print(len(mods))'
     assert int(sh(sys.executable, '-c', code, cwd=tmp_path, PYTHONPATH=str(tmp_path/'site')).stdout)==len(names)
+
+def test_make_lists_its_commands(tmp_path):
+    top = copy_of_checkout(tmp_path/'clone')
+    said = sh('make', cwd=top).stdout
+    assert all(f'make {w} ' in said for w in ('study', 'test', 'lab', 'site', 'clean', 'help', 'inpaint')), said
+    plan = sh('make', '-n', '-o', 'install', 'study', 'PROFILE=smoke', 'DATA=my films', 'SET=epochs=3 lr=1e-4', cwd=top, PROFILE='work', RUN='x').stdout
+    assert '--profile "smoke" --data "my films" --run "" --set \'epochs=3 lr=1e-4\'' in plan                # what is set in the shell does not count
+
+def test_readme_example_is_accepted():
+    from elbowsynth.run import plan, spelled
+    import re
+    text = re.search(r'`SET="([^"]+)"`', (ROOT/'README.md').read_text())[1]
+    jobs = {j.name: j.values for j in plan('demo', settings=spelled(text))[1]}
+    assert jobs['wgan_gp']['lr']==1e-4 and jobs['sdxl']['epochs']==10
+
+@pytest.mark.long('renders the whole site, a minute')
+def test_the_site_renders(tmp_path):
+    top = copy_of_checkout(tmp_path/'clone')
+    done = sh(sys.executable, '-m', 'elbowsynth.site', cwd=top, PYTHONPATH=str(top))
+    assert 'quarto' in done.stdout
+    pages = {p.stem for p in (top/'_docs'/'nbs').glob('*.html')}
+    assert pages=={p.stem for p in (top/'nbs').glob('*.ipynb')}
+    page = (top/'_docs'/'nbs'/'05_split.html').read_text()
+    assert '#| export' not in page and 'write_split' in page and page.count('<img')+(top/'_docs'/'nbs'/'02_phantom.html').read_text().count('<img')>=5

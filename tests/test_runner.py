@@ -32,7 +32,9 @@ def study(toy, *args, check=True, **env): return sh(sys.executable, '-m', 'elbow
 def stages_run(done): return re.findall(r'stage (\d of \d): (\w+) done', done.stderr)
 
 def test_runs_in_order_and_not_twice(toy):
-    first = study(toy)
+    (toy/'home').mkdir()
+    first = study(toy, HOME=str(toy/'home'))
+    assert list((toy/'home').rglob('*'))==[]                                              # nothing of it goes into the user's home
     assert [s for _, s in stages_run(first)]==['a', 'b', 'c'] and '1 of 3' in first.stderr
     run = toy/'_runs'/'demo'
     assert json.loads((run/'raw'/'films.json').read_text())==[0, 1, 2, 3]                # the profile's value, not the notebook's 99
@@ -46,18 +48,21 @@ def test_runs_in_order_and_not_twice(toy):
     note['cells'][2]['source'] = '# a comment\n'+''.join(note['cells'][2]['source'])
     (toy/'nbs'/'02_b.ipynb').write_text(json.dumps(note))
     assert stages_run(study(toy, '--set', 'seed=1', '--set', 'sleep=0.01'))==[]             # a comment makes nothing stale
-    outside = {p.name for p in toy.iterdir()}-{'workflow', 'elbowsynth', 'settings.ini', 'nbs', 'params'}
+    outside = {p.name for p in toy.iterdir()}-{'workflow', 'elbowsynth', 'settings.ini', 'nbs', 'params', 'home'}
     assert outside=={'_runs'}, outside
 
 def test_a_users_folder_takes_the_place_of_the_first_stage(toy):
     (toy/'my films').mkdir()
     assert [s for _, s in stages_run(study(toy, '--data', toy/'my films'))]==['b', 'c']
     assert (toy/'_runs'/'demo-my films'/'report'/'steps').exists() and not (toy/'_runs'/'demo-my films'/'raw').exists()
+    (toy/'other'/'my films').mkdir(parents=True)
+    done = study(toy, '--data', toy/'other'/'my films', check=False)
+    assert done.returncode!=0 and 'give this one another folder with RUN=NAME' in done.stderr                # two folders of one name
     (toy/'my films'/'new.png').touch()
     assert [s for _, s in stages_run(study(toy, '--data', toy/'my films'))]==['b', 'c']   # the folder changed
 
 @pytest.mark.parametrize('args, word', [(['--set', 'sed=1'], "'sed=1' names no parameter of any stage"), (['--profile', 'big'], "no profile 'big': params holds demo"),
-                                        (['--set', 'n=many'], "a.n is 'many', while it wants int"), (['--data', 'nowhere'], 'DATA=nowhere: no such folder'),
+                                        (['--set', 'n=many seed=1'], "a.n is 'many', while it wants int"), (['--data', 'nowhere'], 'DATA=nowhere: no such folder'),
                                         (['--run', '../out'], 'the name of a folder below _runs'), (['--target', 'd'], 'no stage is called d; there are a, b, c')])
 def test_what_does_not_fit_is_refused_in_one_line(toy, args, word):
     done = study(toy, *args, check=False)
@@ -89,7 +94,12 @@ def wait_for(condition, seconds=60):
         assert time.time()<end, 'waited too long'
         time.sleep(.1)
 
-def alive(toy): return [p for p in subprocess.run(['ps', '-eo', 'pid,stat,args'], capture_output=True, text=True).stdout.splitlines() if str(toy) in p and ' Z' not in p]
+def alive(toy):
+    "Processes of the toy's study: those that work in its folder, or have it in their command line"
+    def mine(p):
+        try: return str(toy) in (p/'cmdline').read_text().replace('\0', ' ') or str(toy) in os.readlink(p/'cwd')
+        except OSError: return False                                # gone, or a zombie
+    return [p.name for p in Path('/proc').glob('[0-9]*') if mine(p)]
 
 @pytest.mark.parametrize('whom', ['study', 'everything'])
 def test_killed_in_the_middle_it_goes_on(toy, whom):

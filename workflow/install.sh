@@ -8,12 +8,16 @@ if [ -z "${python:-}" ]; then echo "elbowsynth needs Python 3.11, 3.12 or 3.13; 
 start=$(date +%s)
 echo "Installing into .venv with $("$python" --version) (once; about a minute on a good line, and 6 GB on disk) ..."
 "$python" -m venv --clear .venv || { echo "$python cannot make environments: on Debian and Ubuntu install python3-venv"; exit 1; }
-if command -v uv >/dev/null 2>&1; then uv=uv; else uv=.venv/bin/uv; .venv/bin/python -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 || uv=; fi
+if command -v uv >/dev/null 2>&1; then uv=uv; else
+    uv=.venv/bin/uv
+    sed -n '/^uv==/,/[^\\]$/p' requirements.lock > .venv/uv.txt      # the locked one, with its hashes
+    .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r .venv/uv.txt >/dev/null 2>&1 || uv=
+fi
 if [ -n "$uv" ] && "$uv" --version >/dev/null 2>&1
 then VIRTUAL_ENV="$PWD/.venv" "$uv" pip install -q --require-hashes -r requirements.lock
 else .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
 fi
-.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
-.venv/bin/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" >/dev/null 2>&1    # it would ask the web for news
+.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --use-pep517 -e .
+.venv/bin/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" >/dev/null 2>&1 || :    # it would ask the web for news
 echo "$(($(date +%s)-start))" > .venv/installed
 echo "Installed in $(cat .venv/installed) s."
