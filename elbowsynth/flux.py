@@ -6,16 +6,13 @@
 __all__ = ['tiny_t5_tokenizer', 'tiny_flux', 'load_flux', 'pack', 'unpack', 'fill_condition', 'patch_ids', 'flux_sigmas',
            'flux_mix', 'flux_loss', 'sample_flux', 'train_flux']
 
-# %% ../nbs/13_flux.ipynb #b2a70892
-import time
+# %% ../nbs/13_flux.ipynb #de6d4a2f
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
-from .core import claim, digest, progress
 from .data import PATHOLOGIES, VIEWS, caption
-from .inpaint import (Adafactor, Pairs, boosted_milestones, cell_mask, draw_films, inside_outside, keep_epochs, latest_checkpoint, mask_some_wholly, masked_image, masked_mse,
-                                open_base, save_films, save_pipeline, settled, tiny_clip, tiny_clip_tokenizer, tiny_vae)
-from .training import Log, device_named, load_checkpoint, minibatches, save_checkpoint, to_signed
+from .inpaint import Pairs, cell_mask, draw_films, fine_tune, inside_outside, masked_image, masked_mse, open_base, settled, tiny_clip, tiny_clip_tokenizer, tiny_vae
+from .training import device_named
 
 # %% ../nbs/13_flux.ipynb #6df067f6
 def tiny_t5_tokenizer():
@@ -148,7 +145,7 @@ def sample_flux(
     return draw_films(pipe, images, masks, captions, names or [str(i) for i in range(len(images))], batch, seed, limit, num_inference_steps=steps,
                       guidance_scale=guidance, strength=1., max_sequence_length=min(t5_length, pipe.tokenizer_2.model_max_length))
 
-# %% ../nbs/13_flux.ipynb #d054881e
+# %% ../nbs/13_flux.ipynb #98eafeef
 def train_flux(
     train:Pairs, # To learn from
     test:Pairs, # To draw into at each checkpoint
@@ -177,34 +174,7 @@ def train_flux(
 )->Path: # `out`
     "Fine-tune FLUX, going on where an earlier call with the same films and settings stopped"
     cause = {k: v for k,v in locals().items() if k not in ('train', 'test', 'out', 'epochs', 'boost_epochs', 'recompute', 'sample_batch', 'device', 'limit')}
-    out, n = Path(out), len(train.names)
-    claim(out, cause | {'films': digest(*train, *test)})
-    plain, last, marks = boosted_milestones(n, batch, epochs, boost_epochs, every)
-    path, start = latest_checkpoint(out, plain, last-plain)
-    keep_epochs(out, [e for s,e in marks.items() if s<=start])
-    if start>=last and (out/'samples'/'0000').exists(): return out
-    pipe = load_flux(base, dtype, device_named(device))
-    nets = {k: getattr(pipe, k) for k in ('transformer', 'text_encoder', 'text_encoder_2')}
-    for net in nets.values() if recompute else (): (getattr(net, 'enable_gradient_checkpointing', None) or net.gradient_checkpointing_enable)()
-    groups = [{'params': [*pipe.transformer.parameters()]}, {'params': [*pipe.text_encoder.parameters(), *pipe.text_encoder_2.parameters()], 'lr': text_lr}]
-    opt = Adafactor(groups, lr, stochastic_rounding=stochastic_rounding)
-    torch.manual_seed(seed)
-    if path: load_checkpoint(path, nets, {'optimizer': opt})
-    log, saved = Log(out/'log.jsonl', start), time.monotonic()
-    draw = lambda e: save_films(out, e, test, sample_flux(pipe, *test[1:], test.names, steps, guidance, t5_length, sample_batch, seed, limit))
-    if not (out/'samples'/'0000').exists(): draw(0)
-    for step,at in enumerate(progress(minibatches(n, batch, epochs+boost_epochs, seed, start), 'FLUX', last-start, limit), start+1):
-        for net in nets.values(): net.train()                           # T5's dropout, too
-        opt.param_groups[0]['lr'] = boost_lr if step>plain else lr
-        masks, wholly = mask_some_wholly(torch.from_numpy(train.masks[at])[:, None]/255, unmasked_probability)
-        loss, errors = flux_loss(pipe, to_signed(train.images[at]), masks, [train.captions[i] for i in at], guidance, t5_length, unmasked_weight, normalize)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        log.write(step, epoch=step*batch/n, loss=loss, **errors, area=masks.mean(), wholly=wholly.float().mean(), lr=opt.param_groups[0]['lr'])
-        if step in marks: draw(marks[step])
-        if step==plain: save_pipeline(pipe, out/'model')
-        if step in marks or time.monotonic()-saved>1800:                # half an hour is the most that a kill costs
-            save_checkpoint(out/f'{"boosted" if step>plain else "checkpoint"}.safetensors', nets, {'optimizer': opt}, step=step, plain=plain)
-            saved = time.monotonic()
-    return out
+    return fine_tune(lambda: load_flux(base, dtype, device_named(device)), ['transformer', 'text_encoder', 'text_encoder_2'],
+                     lambda pipe,*films: flux_loss(pipe, *films, guidance, t5_length, unmasked_weight, normalize),
+                     lambda pipe: sample_flux(pipe, *test[1:], test.names, steps, guidance, t5_length, sample_batch, seed, limit),
+                     train, test, out, cause, epochs, every, boost_epochs, batch, lr, boost_lr, text_lr, unmasked_probability, stochastic_rounding, recompute, seed, limit)

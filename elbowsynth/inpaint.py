@@ -6,17 +6,18 @@
 __all__ = ['Pairs', 'inpaint_pairs', 'toy_pairs', 'masked_image', 'composite', 'mask_some_wholly', 'cell_mask', 'masked_mse',
            'inside_outside', 'stochastic_round', 'Adafactor', 'base_faults', 'base_folder', 'tiny_clip_tokenizer',
            'tiny_clip', 'tiny_vae', 'settled', 'open_base', 'film_generator', 'draw_films', 'save_films',
-           'boosted_milestones', 'latest_checkpoint', 'keep_epochs', 'save_pipeline', 'masked_losses', 'epoch_sheet']
+           'boosted_milestones', 'latest_checkpoint', 'keep_epochs', 'save_pipeline', 'fine_tune', 'masked_losses',
+           'epoch_sheet']
 
-# %% ../nbs/11_inpaint.ipynb #d7329d72
-import copy, glob, json, shutil
+# %% ../nbs/11_inpaint.ipynb #015831d3
+import copy, glob, json, shutil, time
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
-from .core import digest, progress, root
+from .core import claim, digest, progress, root
 from .data import PATHOLOGIES, VIEWS, caption, load_images, read_image, read_pairs
-from .training import load_checkpoint, milestones, save_samples, to_bytes
+from .training import Log, load_checkpoint, milestones, minibatches, save_checkpoint, save_samples, to_bytes, to_signed
 
 # %% ../nbs/11_inpaint.ipynb #71525ac3
 class Pairs(NamedTuple):
@@ -348,6 +349,50 @@ def save_pipeline(
     pipe.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     return part.rename(folder)
+
+# %% ../nbs/11_inpaint.ipynb #50136e53
+def fine_tune(
+    load, # Called without arguments: the pipeline to start from, called only if there is something to do
+    names:list[str], # The pipeline's nets that learn: the first at `lr`, the others at `text_lr`
+    loss_of, # Called with the pipeline, films (n, 1, h, w) in [-1, 1], masks in [0, 1] and captions: the loss, and numbers to write down
+    draw, # Called with the pipeline: a film for each pair of `test`
+    train:Pairs, # To learn from
+    test:Pairs, # To draw into at each checkpoint
+    out:Path, # Its folder
+    cause:dict, # What the result depends on besides films and epochs
+    epochs, every, boost_epochs, batch, lr, boost_lr, text_lr, unmasked_probability, stochastic_rounding, recompute, seed, limit, # As in `train_sdxl`
+)->Path: # `out`
+    "Fine-tune a pipeline, going on where an earlier call with the same films and settings stopped"
+    out, n = Path(out), len(train.names)
+    claim(out, cause | {'films': digest(*train, *test)})
+    plain, last, marks = boosted_milestones(n, batch, epochs, boost_epochs, every)
+    path, start = latest_checkpoint(out, plain, last-plain)
+    keep_epochs(out, [e for s,e in marks.items() if s<=start])
+    if start>=last and (out/'samples'/'0000').exists(): return out
+    pipe = load()
+    nets = {k: getattr(pipe, k) for k in names}
+    for net in nets.values() if recompute else (): (getattr(net, 'enable_gradient_checkpointing', None) or net.gradient_checkpointing_enable)()
+    first, *texts = nets.values()
+    opt = Adafactor([{'params': [*first.parameters()]}, {'params': [p for net in texts for p in net.parameters()], 'lr': text_lr}], lr, stochastic_rounding=stochastic_rounding)
+    torch.manual_seed(seed)
+    if path: load_checkpoint(path, nets, {'optimizer': opt})
+    log, saved = Log(out/'log.jsonl', start), time.monotonic()
+    if not (out/'samples'/'0000').exists(): save_films(out, 0, test, draw(pipe))
+    for step,at in enumerate(progress(minibatches(n, batch, epochs+boost_epochs, seed, start), out.name, last-start, limit), start+1):
+        for net in nets.values(): net.train()                           # T5's dropout, too
+        opt.param_groups[0]['lr'] = boost_lr if step>plain else lr
+        masks, wholly = mask_some_wholly(torch.from_numpy(train.masks[at])[:, None]/255, unmasked_probability)
+        loss, errors = loss_of(pipe, to_signed(train.images[at]), masks, [train.captions[i] for i in at])
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        log.write(step, epoch=step*batch/n, loss=loss, **errors, area=masks.mean(), wholly=wholly.float().mean(), lr=opt.param_groups[0]['lr'])
+        if step in marks: save_films(out, marks[step], test, draw(pipe))
+        if step==plain: save_pipeline(pipe, out/'model')
+        if step in marks or time.monotonic()-saved>1800:                # half an hour is the most that a kill costs
+            save_checkpoint(out/f'{"boosted" if step>plain else "checkpoint"}.safetensors', nets, {'optimizer': opt}, step=step, plain=plain)
+            saved = time.monotonic()
+    return out
 
 # %% ../nbs/11_inpaint.ipynb #b366d9d2
 def masked_losses(

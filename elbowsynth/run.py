@@ -192,14 +192,16 @@ def failure(
     where = f', cell {at}: `{next((l for l in "".join(failed[0]["source"]).splitlines() if not l.startswith("#")), "")}`' if at else ''
     return f'{notebook.parent.name}/{notebook.name}{where}\n{getattr(error, "ename", type(error).__name__)}: {getattr(error, "evalue", error)}'
 
-# %% ../nbs/90_run.ipynb #1df8ac69
+# %% ../nbs/90_run.ipynb #90f17213
 def run_stage(
     job:Job, # What to run
     place:str, # `3 of 13`
 )->int: # 0, or 1 after a failure that was told
     "Run a stage's notebook with papermill, and leave its executed copy, its log, and `stage.json` when all went well"
     import papermill
-    top = root()
+    top, users = root(), os.environ.pop('ELBOWSYNTH_XDG', None)
+    if users is not None: os.environ.pop('XDG_CACHE_HOME')          # Snakemake's caches are the study's, those of base models the user's
+    if users: os.environ['XDG_CACHE_HOME'] = users
     folder = top/job.values['run']
     copy, log = folder/'notebooks'/Path(job.notebook).name, folder/'logs'/f'{job.name}.log'
     for p in (copy, log): p.parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +254,7 @@ def write_report(
     with replacing(Path(folder)/'report.html') as part: part.write_text(text, encoding='utf-8')
     return Path(folder)/'report.html'
 
-# %% ../nbs/90_run.ipynb #1f11118d
+# %% ../nbs/90_run.ipynb #c5bfc74c
 def environment(
     threads:int, # For each stage
 )->dict[str,str]: # What a stage's process is started with
@@ -260,7 +262,7 @@ def environment(
     cache = root()/'_runs'/'.cache'
     cache.mkdir(parents=True, exist_ok=True)
     mine = {'ELBOWSYNTH_PROFILE': 'none', 'JUPYTER_PREFER_ENV_PATH': '1', 'PYTHONNOUSERSITE': '1', 'PYTHONHASHSEED': '0', 'IPYTHONDIR': str(cache/'ipython'),
-            'MPLCONFIGDIR': str(cache/'matplotlib'), 'JUPYTER_RUNTIME_DIR': str(cache/'jupyter'), 'HF_HUB_DISABLE_TELEMETRY': '1', 'DO_NOT_TRACK': '1'}
+            'MPLCONFIGDIR': str(cache/'matplotlib'), 'XDG_CACHE_HOME': str(cache), 'ELBOWSYNTH_XDG': os.environ.get('XDG_CACHE_HOME', ''), 'JUPYTER_RUNTIME_DIR': str(cache/'jupyter'), 'HF_HUB_DISABLE_TELEMETRY': '1', 'DO_NOT_TRACK': '1'}
     mine |= {f'{k}_NUM_THREADS': str(threads) for k in ('OMP', 'MKL', 'OPENBLAS')}
     return {k: v for k,v in os.environ.items() if k not in ('MPLBACKEND', 'JPY_SESSION_NAME', 'PYTHONPATH')} | mine
 
@@ -275,7 +277,7 @@ def hold(
         except BlockingIOError: time.sleep(.2)
     raise RuntimeError(f'another study is working in {path.parent}: wait for it, or choose another folder with RUN=NAME')
 
-# %% ../nbs/90_run.ipynb #cac8d8db
+# %% ../nbs/90_run.ipynb #46329a93
 def study(
     profile:str='demo', # Name of a file in `params`
     data:str='', # A user's folder of films
@@ -297,7 +299,7 @@ def study(
     gpus = shutil.which('nvidia-smi') is not None
     done = subprocess.run([sys.executable, '-m', 'snakemake', '--snakefile', top/'workflow'/'Snakefile', '--directory', top/folder, '--cores', str(cores),
                            '--nolock', '--rerun-incomplete', '--keep-going', '--quiet', 'all', '--rerun-triggers', 'mtime', 'params', 'input',
-                           '--runtime-source-cache-path', top/'_runs'/'.cache'/'snakemake', *(['--resources', 'gpu=1'] if gpus else [])],
+                           *(['--resources', 'gpu=1'] if gpus else [])],
                           env=environment(max(1, cores//2)), cwd=top, stdin=subprocess.DEVNULL, pass_fds=[lock.fileno()]).returncode
     return finish(top/folder, jobs, done)
 
