@@ -151,14 +151,14 @@ class Tee:
         self.log.flush()
     def flush(self): self.log.flush()
 
-# %% ../nbs/90_run.ipynb #8c69b047
+# %% ../nbs/90_run.ipynb #e40db7fa
 def bar(
-    line:str, # As `core.progress` prints it
-    width:int=24, # Letters
-)->str: # The same behind a bar
+    line:str, # `stage 1 of 2: gan   `, and then as `core.progress` prints it
+    width:int=16, # Letters
+)->str: # The stage and the numbers, short enough for a terminal of 80 columns
     "How far a loop is, to be seen at a glance"
-    i, n = map(int, re.search(r'(\d+) of (\d+),', line).groups())
-    return f'{"#"*(i*width//n):.<{width}} {line}'
+    stage, i, n, rest = re.search(r'^stage .*?: (\w+) .*?: (\d+) of (\d+), (.*)', line).groups()
+    return f'{"#"*(int(i)*width//int(n)):.<{width}} {stage} {i} of {n}, {rest}'
 
 def say(
     text:str, # A line
