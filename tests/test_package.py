@@ -33,5 +33,5 @@ def test_the_site_renders(tmp_path):
     assert 'quarto' in done.stdout
     pages = {p.stem for p in (top/'_docs'/'nbs').glob('*.html')}
     assert pages=={p.stem for p in (top/'nbs').glob('*.ipynb')}
-    page = (top/'_docs'/'nbs'/'05_split.html').read_text()
-    assert '#| export' not in page and 'write_split' in page and page.count('<img')+(top/'_docs'/'nbs'/'02_phantom.html').read_text().count('<img')>=5
+    page = (top/'_docs'/'nbs'/'07_split.html').read_text()
+    assert '#| export' not in page and 'write_split' in page and page.count('<img')+(top/'_docs'/'nbs'/'03_phantom.html').read_text().count('<img')>=5
