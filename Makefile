@@ -4,10 +4,13 @@ DATA :=
 RUN :=
 SET :=
 ALL :=
+FROM :=
+TO :=
+WITH :=
 IN := .venv/bin/
 STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)'
 
-.PHONY: help study inpaint test lab site readme prepare lock install clean
+.PHONY: help study inpaint import test lab site readme prepare lock install clean
 .DEFAULT_GOAL := help
 
 help: ## List the commands
@@ -24,6 +27,9 @@ study: install ## Run the whole study, or what is left of it, and write its repo
 
 inpaint: install ## Draw with the untrained base models into the masks of DATA=FOLDER, without a split
 	@$(STUDY) --set 'split= epochs=0 boost_epochs=0 sdxl.out=sdxl_untrained flux.out=flux_untrained' --target sdxl --target flux
+
+import: install ## Turn DATA=FOLDER of FROM=dicom|mura|fracatlas|yolo|folder|png16 into TO=FOLDER, films with labels.csv
+	@$(IN)python -m elbowsynth.importers $(FROM) "$(DATA)" "$(TO)" $(WITH)
 
 test: install ## Run the tests; ALL=1 runs those that take minutes, too
 	@ELBOWSYNTH_ALL="$(ALL)" $(IN)python -m pytest tests

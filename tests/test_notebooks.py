@@ -108,7 +108,8 @@ def test_each_module_has_its_notebook():
     assert {p.stem for p in LIBRARY}=={p.stem.split('_', 1)[1] for p in NOTEBOOKS if p.stem!='index'}
 
 # The picture of the library: what each module may import, besides what those import. An arrow goes to a lower number.
-IMPORTS = {'core': '', 'data': 'core', 'phantom': 'core data', 'preprocess': 'core data', 'masks': 'core data preprocess', 'split': 'core data',
+IMPORTS = {'core': '', 'data': 'core', 'anatomy': 'data', 'phantom': 'core data anatomy', 'preprocess': 'core data', 'masks': 'core data preprocess',
+           'importers': 'core data masks', 'split': 'core data',
            'training': 'core data', 'gan': 'core data training', 'wgan_gp': 'core data training gan', 'ac_gan': 'core data training gan',
            'tac_gan': 'core data training gan ac_gan', 'inpaint': 'core data training', 'sdxl': 'core data training inpaint', 'flux': 'core data training inpaint',
            'metrics': 'core data', 'figures': 'core data', 'run': 'core', 'site': 'core'}
