@@ -232,11 +232,11 @@ def hull(
     "What holds them all"
     return tuple(slice(min(o.start for o in axis), max(o.stop for o in axis)) for axis in zip(*places))
 
-# %% ../nbs/02_anatomy.ipynb #6ead981d
+# %% ../nbs/02_anatomy.ipynb #3a0057d8
 def shadow(
     piece:Piece, # What casts it
     beam:Beam, # The rays of the whole film
-    strip:int=96, # Rows of the film at a time
+    strip:int=160, # Rows of the film at a time
 )->tuple: # Window, length inside the piece, length inside its marrow
     "How far each ray of the piece's window runs through it"
     rays, shell = beam.local(piece.turn, piece.shift), piece.shell
@@ -255,7 +255,7 @@ def shadow(
             lengths[k-1][at] = union([span_within(o[k], o[0], part, rays, sides) for o in here]+out)-union(out)
     return place, *lengths
 
-# %% ../nbs/02_anatomy.ipynb #25f8c14a
+# %% ../nbs/02_anatomy.ipynb #fdc8737c
 def shafts(
     w:float=1., # Width of the distal humerus, as a factor
     thick:float=1., # Thickness of the shafts
@@ -269,7 +269,8 @@ def shafts(
                         [32, 17.3*w, 7.6, -2, -.96*back], [44, 13.6*w, 9*t, -1, -back], [60, 11.2*t, 10*t, 0, -back], [90, 10.4*t, 10.3*t, 0, -back],
                         [230, 11*t, 11*t, 0, 2-back]])
     ulna = np.array([[-230, 5.5*t, 6*t, -12, -6], [-120, 6.4*t, 6.8*t, -9, -10], [-60, 7*t, 7.8*t, -8, -12], [-40, 8, 9, -7, -12],
-                     [-26, 9.5, 11, -6, -11.5], [-12, 11, 11, -6, -12.5], [1, 10.6, 9.8, -5, -14.5], [9, 9.4, 9.6, -4.5, -14], [15, 7.2, 8, -4, -13.5]])
+                     [-26, 9.5, 11, -6, -11.5], [-12, 11, 11, -6, -12.5], [1, 10.6, 9.8, -5, -14.5],
+                     [9, 9.4, 9.6, -4.5, -14], [15, 7.2, 8, -4, -13.5]])
     radius = np.array([[-230, 10, 7.5, 14, 2], [-140, 6.8*t, 6.6*t, 20, 0], [-85, 6.8*t, 6.8*t, 18, 1], [-60, 7*t, 7.2*t, 15, 1],
                        [-46, 7.6, 7.8, 12.2, 0], [-39, 8.6, 9, 11.4, -.5], [-32, 7.4, 7.6, 12.2, 0], [-26, 6.8, 6.8, 12.8, 0],
                        [-21.5, 7.6, 7.6, 13, 0], [-17, 9.5*k, 9.5*k, 13, 0]])
