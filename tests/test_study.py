@@ -106,11 +106,15 @@ def strangers_folder(folder, patients, size=300):
 
 def test_a_strangers_sixty_films(smoke, tmp_path):
     strangers_folder(tmp_path/'films', 30)
+    cut = tmp_path/'films'/'ward 1'/'lat_001.png'
+    cut.write_bytes(cut.read_bytes()[:5000])
     untouched = files(tmp_path/'films')
     said = study(smoke['top'], '--data', tmp_path/'films').stderr
     run = smoke['top']/'_runs'/'smoke-films'
     pairs = pd.read_csv(run/'split'/'pairs.csv')
-    assert len(pairs)==60 and pairs.patient.nunique()==30 and set(pairs.view)=={'AP', 'LAT'} and set(pairs.side)=={'L', 'R'}
+    rejects = pd.read_csv(run/'images'/'rejects.csv')
+    assert rejects.file.tolist()==['ward 1/lat_001.png'] and rejects.reason.notna().all() and 'lat_001' in said
+    assert len(pairs)==59 and pairs.patient.nunique()==30 and set(pairs.view)=={'AP', 'LAT'} and set(pairs.side)=={'L', 'R'}
     assert set(pairs.mask_source)=={'drawn', 'suggested'} and 'phantom' not in stages_run(said)
     assert pd.read_csv(run/'images'/'images.csv').inverted.sum()==2*sum(i%7==3 for i in range(30))
     assert (run/'report.html').exists() and files(tmp_path/'films')==untouched
@@ -119,10 +123,10 @@ def test_a_faulty_folder_is_told_at_once(smoke, tmp_path):
     strangers_folder(tmp_path/'films', 2)
     table = (tmp_path/'films'/'labels.csv').read_text(encoding='utf-8-sig').replace('NORMAL', 'FINE').replace('supracondylar', 'supra').replace('SUPRACONDYLAR', 'SUPRA')
     (tmp_path/'films'/'labels.csv').write_text(table)
-    (tmp_path/'films'/'ward 0'/'lat_000.png').write_bytes(b'no picture')
+    (tmp_path/'films'/'ward 0'/'drawn'/'lat_000.png').write_bytes(b'no picture')
     done = study(smoke['top'], '--data', tmp_path/'films', '--run', 'faulty', check=False)
     assert done.returncode!=0 and 'preprocess FAILED' in done.stderr and stages_run(done.stderr)==[]
-    assert done.stderr.count("unknown pathology 'SUPRA FRACTURE'")==2 and 'lat_000.png cannot be read' in done.stderr
+    assert done.stderr.count("unknown pathology 'SUPRA FRACTURE'")==2 and 'drawn/lat_000.png' in done.stderr
 
 def two_made_up(folder):
     "An AP and a LAT film of one patient"
