@@ -9,8 +9,8 @@ __all__ = ['STYLE', 'METRICS', 'NAMES', 'PAPER', 'save_figure', 'film_figure', '
            'changed_values', 'run_sentences', 'model_sentences', 'model_figures', 'honest_sentences', 'open_run',
            'normal_pairs']
 
-# %% ../nbs/35_figures.ipynb #768d566b
-import glob, json, re
+# %% ../nbs/35_figures.ipynb #c21a7b95
+import glob, json, textwrap
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, seaborn as sns
@@ -147,7 +147,7 @@ def sample_row(
     rows = -(-len(shown)//7)
     return film_figure([load_images(at, [name], side)[0] for at,name in shown], titles, cols=-(-len(shown)//rows), size=1.3)
 
-# %% ../nbs/35_figures.ipynb #6564fa41
+# %% ../nbs/35_figures.ipynb #872e30a1
 def grid_pairs(
     pairs:pd.DataFrame, # Test pairs
     first:pd.Series, # The pair that the report shows throughout
@@ -179,7 +179,7 @@ def sample_grid(
         if not drawn[o.Index]: continue
         row = [(Path(run)/images, o.image)]+[(drawn[o.Index][e].parent, o.pair) if e in drawn[o.Index] else None for e in epochs]
         shown += [load_images(at[0], [at[1]], side)[0] if at else np.full((side, side), 255, np.uint8) for at in row]
-        titles += [f'{o.view} {o.side}, {o.pathology}'.replace(' fracture', ' fr.')[:25]]+([f'epoch {e}' for e in epochs] if len(titles)==0 else ['']*len(epochs))
+        titles += [f'{o.view} {o.side}\n'+textwrap.shorten(o.pathology, 24, placeholder='…')]+([f'epoch {e}' for e in epochs] if len(titles)==0 else ['']*len(epochs))
     return film_figure(shown, titles, cols=1+len(epochs), size=1.15)
 
 # %% ../nbs/35_figures.ipynb #6f5050df
@@ -212,7 +212,7 @@ def choice_table(
     return pd.DataFrame([{'Model': NAMES.get(o['model'], o['model']), 'Metric': names[o['metric']]} | {t: show(o[c], o[f'{c}_epoch'], o['metric']) for c,t in cols.items()}
                          for o in choice.to_dict('records')])
 
-# %% ../nbs/35_figures.ipynb #104b117b
+# %% ../nbs/35_figures.ipynb #7df2f45a
 def training_seed(
     folder:Path, # Of a model
 )->int|None: # None if it is not written down
@@ -244,7 +244,7 @@ def ranking(
     "The order of the models' means, refused where fewer than three seeds stand behind one of them"
     t = table[(table.metric==metric)&(table.block==block)]
     few = [f'{NAMES.get(o.model, o.model)} was trained with {o.n}' for o in t.itertuples() if o.n<3]
-    if few or len(t)<2: raise ValueError(f'no ranking of the models ({block}) by {METRICS.get(metric, metric)}: it wants two models or more with at least three training seeds each, '
+    if few or len(t)<2: raise ValueError(f'models ({block}) cannot be ranked by {METRICS.get(metric, metric)}: that wants two models or more, each trained with three seeds at least, '
                                          f'and {", ".join(few) if few else "there are not two"}')
     return t.sort_values('mean', ascending=metric.startswith('mmd')).model.tolist()
 
