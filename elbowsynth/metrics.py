@@ -9,8 +9,8 @@ __all__ = ['SSIM_CONVENTIONS', 'MS_WEIGHTS', 'MMD_CONVENTIONS', 'ENLARGE', 'as_f
            'noise_jobs', 'scoring_jobs', 'scored', 'best_scores', 'shipped_epoch', 'checkpoint_choice', 'gather_scores',
            'score_jobs', 'score_run']
 
-# %% ../nbs/30_metrics.ipynb #33b335e8
-import functools, hashlib, json, re
+# %% ../nbs/30_metrics.ipynb #e6b2059c
+import functools, hashlib, json
 from pathlib import Path
 import cv2, numpy as np, pandas as pd, torch
 import torch.nn.functional as F

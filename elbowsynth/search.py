@@ -6,8 +6,7 @@
 __all__ = ['TABLED', 'SPACE', 'suggest_values', 'open_trials', 'next_trial', 'add_score', 'run_trial', 'search_values',
            'gather_trials', 'search_figure']
 
-# %% ../nbs/15_search.ipynb #9da447a4
-import json
+# %% ../nbs/15_search.ipynb #f7f04eaf
 from pathlib import Path
 import numpy as np, pandas as pd
 from .ac_gan import train_ac_gan
