@@ -88,7 +88,7 @@ def run_trial(
     drawn = load_images(folder/'samples'/f'{fixed["epochs"]:04d}', apart.pair, images.shape[-1])
     return mmd2(fx, features(drawn/255, extractor, str(device_named(device))))
 
-# %% ../nbs/15_search.ipynb #ec033a0d
+# %% ../nbs/15_search.ipynb #7512b0ec
 def search_values(
     images:np.ndarray, # (n, size, size) uint8, the film of each training pair
     pairs:pd.DataFrame, # Training pairs; no test pair comes near this function
@@ -100,12 +100,12 @@ def search_values(
     blocks:dict=BLOCKS, # Column to the words that it may hold
     n_labels:int=18, # Width of the label
     extractor:str='resnet50', # As in `extractor_name`
-    seed:int=0, # Of patients, weights, noise and trials
+    seed:int=0, # Of weights, noise and trials
     device:str='auto', # Where to train
     limit:float=0, # Minutes that a model's trials may take; 0 for no limit
 )->pd.DataFrame: # As `gather_trials` gives it
     "Search for values, and write `trials.csv` and `best.json`"
-    out, held = Path(out), np.asarray(validation(pairs, validation_fraction, seed))
+    out, held = Path(out), np.asarray(validation(pairs, validation_fraction))
     if len(np.unique(images[held], axis=0))<2: raise ValueError(
         f'a fraction of {validation_fraction} leaves {held.sum()} validation pairs, too few for a distance between sets: make `validation_fraction` larger')
     fixed = dict(epochs=epochs, width=width, blocks=blocks, n_labels=n_labels, seed=seed)

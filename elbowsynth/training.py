@@ -7,8 +7,8 @@ __all__ = ['device_named', 'prepare', 'to_signed', 'to_bytes', 'minibatches', 'm
            'checkpoint_before', 'save_checkpoint', 'load_checkpoint', 'Blown', 'Guard', 'sound', 'last_good',
            'save_samples']
 
-# %% ../nbs/10_training.ipynb #136d6085
-import ctypes, json, os, sys, time
+# %% ../nbs/10_training.ipynb #87e1a5d9
+import ctypes, json, os, shutil, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from safetensors import safe_open
@@ -116,7 +116,7 @@ def read_log(
     "What a run wrote down"
     return pd.read_json(need(path, Path(path).parent.name), lines=True)
 
-# %% ../nbs/10_training.ipynb #71bbe3f1
+# %% ../nbs/10_training.ipynb #4e810a4e
 def checkpoint_before(
     path:Path, # A checkpoint
 )->Path: # Where the one before it is kept
@@ -143,7 +143,9 @@ def save_checkpoint(
         save_file({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in tensors.items()}, part, metadata={'state': json.dumps(state)})
         with part.open('rb+') as f: os.fsync(f.fileno())
         if keep_last and Path(path).exists():
-            with replacing(checkpoint_before(path)) as old: os.link(path, old)
+            with replacing(checkpoint_before(path)) as old:
+                try: os.link(path, old)
+                except OSError: shutil.copyfile(path, old)              # a file system without hard links
 
 # %% ../nbs/10_training.ipynb #cb2dc058
 def load_checkpoint(
