@@ -72,7 +72,7 @@ def choose_pair(
                  'soft tissue swelling' in p.caption, p.side=='L', -i) for i,p in enumerate(pairs.itertuples())]
     return pairs.iloc[max(range(len(pairs)), key=nearness.__getitem__)]
 
-# %% ../nbs/35_figures.ipynb #dfc6ca45
+# %% ../nbs/35_figures.ipynb #2df06b4f
 def mark_best(
     ax, # Where to draw
     epochs, # Of the checkpoints
@@ -83,6 +83,7 @@ def mark_best(
     "A star on the best checkpoint of a curve"
     ax.plot(np.asarray(epochs)[i], np.asarray(values)[i], '*', color=color, ms=11, mec='white', mew=.6)
 
+# %% ../nbs/35_figures.ipynb #2481e490
 def mmd_panel(
     ax, # Where to draw
     epochs, # Of the checkpoints
@@ -101,6 +102,7 @@ def mmd_panel(
     if not len(low) and not above.any(): ax.text(.5, .5, 'fewer than two different films:\nno distance between sets', ha='center', va='center', transform=ax.transAxes)
     if len(low): ax.plot(low, np.zeros(len(low)), 'v', mfc='none', color=color, clip_on=False, transform=ax.get_xaxis_transform(), label='zero or below')
 
+# %% ../nbs/35_figures.ipynb #5b459b8f
 def learning_curves(
     summary:pd.DataFrame, # Checkpoints: model, kind, epoch and scores
     model:str, # Which model
@@ -147,7 +149,7 @@ def sample_row(
     rows = -(-len(shown)//7)
     return film_figure([load_images(at, [name], side)[0] for at,name in shown], titles, cols=-(-len(shown)//rows), size=1.3)
 
-# %% ../nbs/35_figures.ipynb #872e30a1
+# %% ../nbs/35_figures.ipynb #f350edfa
 def grid_pairs(
     pairs:pd.DataFrame, # Test pairs
     first:pd.Series, # The pair that the report shows throughout
@@ -161,6 +163,7 @@ def grid_pairs(
         taken.append(left.loc[again.idxmin()].to_dict())
     return pd.DataFrame(taken)
 
+# %% ../nbs/35_figures.ipynb #ff0aef1e
 def sample_grid(
     run:Path, # Folder of the run
     model:str, # Folder of a model
@@ -212,7 +215,7 @@ def choice_table(
     return pd.DataFrame([{'Model': NAMES.get(o['model'], o['model']), 'Metric': names[o['metric']]} | {t: show(o[c], o[f'{c}_epoch'], o['metric']) for c,t in cols.items()}
                          for o in choice.to_dict('records')])
 
-# %% ../nbs/35_figures.ipynb #7df2f45a
+# %% ../nbs/35_figures.ipynb #a328e34c
 def training_seed(
     folder:Path, # Of a model
 )->int|None: # None if it is not written down
@@ -221,6 +224,7 @@ def training_seed(
     notes = [o.get('values', o) for o in (json.loads(p.read_text()) for p in files if p.is_file())]
     return next((o['seed'] for o in notes if 'seed' in o), None)
 
+# %% ../nbs/35_figures.ipynb #9a4bbfbf
 def seed_table(
     runs:list[Path], # Folders of runs on the same films
     metrics:str='metrics', # Folder of the scores in each
@@ -236,6 +240,7 @@ def seed_table(
     groups = t.drop_duplicates(['block', 'model', 'metric', 'seed']).groupby(['block', 'metric', 'model'], sort=False).score
     return groups.agg(n='count', mean='mean', spread='std', lowest='min', highest='max').reset_index()
 
+# %% ../nbs/35_figures.ipynb #24d0cf0a
 def ranking(
     table:pd.DataFrame, # As `seed_table` gives it
     metric:str, # ssim, ms_ssim, mmd2 or mmd2_paper_A

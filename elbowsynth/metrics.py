@@ -296,7 +296,7 @@ def score_folder(
     with replacing(at.with_suffix('.csv')) as part: table.round(6).assign(pair=pairs.pair.tolist())[['pair', 'ssim', 'ms_ssim']].to_csv(part, index=False)
     save_json(at.with_suffix('.json'), set_scores(table, fx[pairs.index], fy) | {'key': key})
 
-# %% ../nbs/30_metrics.ipynb #0fd34944
+# %% ../nbs/30_metrics.ipynb #94ee71af
 def noise_jobs(
     pairs:pd.DataFrame, # The test set
     real:np.ndarray, # Its real films at scoring size
@@ -309,6 +309,7 @@ def noise_jobs(
     return [('noise', films_digest(masks, [], *settings, seed), pairs, lambda i,j: noise_films(real[i:j], None, seed, i)),
             ('noise_mask', films_digest(masks, pairs.pair, *settings, seed), pairs, lambda i,j: noise_films(real[i:j], white(i, j), seed, i))]
 
+# %% ../nbs/30_metrics.ipynb #29754ff7
 def scoring_jobs(
     pairs:pd.DataFrame, # The test set, or all training pairs that some model holds out
     found:pd.DataFrame, # As `checkpoints` gives it, of the kinds that belong to these pairs
