@@ -102,7 +102,7 @@ def mmd_panel(
     if not len(low) and not above.any(): ax.text(.5, .5, 'fewer than two different films:\nno distance between sets', ha='center', va='center', transform=ax.transAxes)
     if len(low): ax.plot(low, np.zeros(len(low)), 'v', mfc='none', color=color, clip_on=False, transform=ax.get_xaxis_transform(), label='zero or below')
 
-# %% ../nbs/35_figures.ipynb #5b459b8f
+# %% ../nbs/35_figures.ipynb #d90cb06c
 def learning_curves(
     summary:pd.DataFrame, # Checkpoints: model, kind, epoch and scores
     model:str, # Which model
@@ -121,8 +121,7 @@ def learning_curves(
             left.axhline(noise[metric], ls='--', color=color, lw=1.2, label=f'{METRICS[metric]} of noise')
             mark_best(left, t.epoch, t[metric], np.argmax(t[metric]), color)
         mmd_panel(right, t.epoch, t.mmd2, noise['mmd2'], colors[2])
-        left.set(xlabel='epoch', ylabel='similarity', ylim=(min(0, left.get_ylim()[0]), 1.02))
-        right.set(xlabel='epoch', ylabel='MMD² (logarithmic)')
+        left.set(xlabel='epoch', ylabel='similarity', ylim=(min(0, left.get_ylim()[0]), 1.02)); right.set(xlabel='epoch', ylabel='MMD² (logarithmic)')
         for ax in (left, right):
             if chosen is not None: ax.axvline(chosen, color='.35', lw=1, ls=':', label='chosen by validation')
             ax.set_xticks(t.epoch) if len(t)<9 else ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
