@@ -7,7 +7,7 @@ ALL :=
 IN := .venv/bin/
 STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)'
 
-.PHONY: help study inpaint test lab site readme prepare lock install clean
+.PHONY: help study inpaint test bench lab site readme prepare lock install clean
 .DEFAULT_GOAL := help
 
 help: ## List the commands
@@ -27,6 +27,9 @@ inpaint: install ## Draw with the untrained base models into the masks of DATA=F
 
 test: install ## Run the tests; ALL=1 runs those that take minutes, too
 	@ELBOWSYNTH_ALL="$(ALL)" $(IN)python -m pytest tests
+
+bench: install ## Time the GANs against the plain loop on this machine, minutes to an hour; the table goes to bench/results
+	@$(IN)python bench/gans.py
 
 lab: install ## Open the notebooks in JupyterLab, with the parameters of PROFILE
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 $(IN)jupyter lab nbs --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly

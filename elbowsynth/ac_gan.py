@@ -57,7 +57,7 @@ class Discriminator(nn.Module):
         h = self.trunk(x).flatten(1)
         return self.score(h), self.kind(h)
 
-# %% ../nbs/13_ac_gan.ipynb #e0f3fc0d
+# %% ../nbs/13_ac_gan.ipynb #ffb21801
 def label_table(
     y:torch.Tensor, # (n, n_labels), of the training pairs
     fake_labels:str='empirical', # `empirical` or `uniform`
@@ -66,6 +66,7 @@ def label_table(
     if fake_labels not in ('empirical', 'uniform'): raise ValueError(f'fake_labels is {fake_labels!r}: "empirical" or "uniform"')
     return y if fake_labels=='empirical' else y.unique(dim=0)
 
+# %% ../nbs/13_ac_gan.ipynb #7f77bebb
 def drawn_labels(
     table:torch.Tensor, # (k, n_labels), as `label_table` gives it
     count:int, # How many
@@ -119,7 +120,7 @@ def ac_gan_turn(
         update(opt_g, sum(g_terms.values()))
     return d_terms | g_terms
 
-# %% ../nbs/13_ac_gan.ipynb #d3d625ab
+# %% ../nbs/13_ac_gan.ipynb #be0da94b
 @torch.no_grad()
 def judged(
     dis:nn.Module, # Is put into evaluation mode and back
@@ -134,6 +135,7 @@ def judged(
     right = kind.split(sizes, 1)[0].argmax(1)==y.split(sizes, 1)[0].argmax(1)
     return (score>0).double().mean(), right.double().mean()
 
+# %% ../nbs/13_ac_gan.ipynb #895b65f9
 def verdicts(
     gen:nn.Module, # Is put into evaluation mode and back
     dis:nn.Module, # Likewise

@@ -8,7 +8,7 @@ __all__ = ['BLOCKS', 'label_vectors', 'block_cross_entropy', 'validation', 'pair
            'likeness', 'class_likeness', 'nearest', 'common_labels', 'look', 'blow_up', 'steps', 'position',
            'steps_left', 'sample_from', 'best_values', 'show_losses', 'sample_sheet']
 
-# %% ../nbs/11_gan.ipynb #ec029c42
+# %% ../nbs/11_gan.ipynb #f2cdbc07
 import importlib, json, time, warnings
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +17,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from .core import digest, need, save_json, show_images
 from .data import PATHOLOGIES, SIDES, VIEWS, read_image, split, write_png
-from .training import (Blown, Guard, Log, device_named, last_good, load_checkpoint, milestones, minibatches, save_checkpoint, save_samples, sound,
+from .training import (Blown, Guard, Log, device_named, last_good, load_checkpoint, milestones, minibatches, save_checkpoint, sound,
                                  to_bytes)
 
 # %% ../nbs/11_gan.ipynb #db313a9a
@@ -132,7 +132,7 @@ def row_shapes(
     "The column *Feature Maps* of Tables 4 to 6"
     return [tuple((x := row(x)).shape[1:]) for row in net]
 
-# %% ../nbs/11_gan.ipynb #43a2d6c9
+# %% ../nbs/11_gan.ipynb #268d1524
 def adam(
     params, # Parameters, or groups of them
     lr:float, # Rate
@@ -144,6 +144,7 @@ def adam(
     first = params[0]['params'] if isinstance(params[0], dict) else params
     return torch.optim.Adam(params, lr, tuple(betas), weight_decay=weight_decay, fused=True, capturable=next(iter(first)).is_cuda)
 
+# %% ../nbs/11_gan.ipynb #d6bc9770
 def update(
     opt:torch.optim.Optimizer, # Holds the parameters to change
     loss:torch.Tensor, # What to make smaller
@@ -163,7 +164,7 @@ def frozen(
     finally:
         for p in (p for n in nets for p in n.parameters()): p.requires_grad_(True)
 
-# %% ../nbs/11_gan.ipynb #5468097b
+# %% ../nbs/11_gan.ipynb #ce7865c7
 def whole(
     turn, # A step: takes the minibatch's indices, gives a dict of tensors
     device:torch.device, # Where it computes
@@ -194,6 +195,7 @@ def whole(
         return given
     return run
 
+# %% ../nbs/11_gan.ipynb #8f7354cb
 def compiled(
     f, # A function of tensors and networks
     device:torch.device, # Where it computes
@@ -228,7 +230,7 @@ def likeness(
         factors.append((cs*((2*mx*my+.01**2)/(mx*mx+my*my+.01**2) if i==scales-1 else 1)).mean((1, 2, 3)))
     return (torch.stack(factors, 1).relu()**(weights/weights.sum())).prod(1).numpy()
 
-# %% ../nbs/11_gan.ipynb #8b45dcfc
+# %% ../nbs/11_gan.ipynb #6e4d7800
 def class_likeness(
     films:np.ndarray, # (n, h, w) uint8
     kinds:np.ndarray, # (n,), the class of each
@@ -240,6 +242,7 @@ def class_likeness(
         if len(mine)>1: means.append(likeness(mine[:-1], mine[1:]).mean())
     return float(np.mean(means)) if means else float('nan')
 
+# %% ../nbs/11_gan.ipynb #b6c278f1
 def nearest(
     films:np.ndarray, # (n, h, w) uint8
     others:np.ndarray, # (m, h, w) uint8, the training films
@@ -251,7 +254,7 @@ def nearest(
     d = torch.cdist(areas(films), areas(others), compute_mode='donot_use_mm_for_euclid_dist')/32
     return float((d.fill_diagonal_(torch.inf) if same else d).amin(1).mean())
 
-# %% ../nbs/11_gan.ipynb #e6a99728
+# %% ../nbs/11_gan.ipynb #b6844c89
 def common_labels(
     y:np.ndarray, # (n, n_labels), of the training pairs
     rows:int=8, # How many labels
@@ -262,6 +265,7 @@ def common_labels(
     top = np.argsort(-counts, kind='stable')[:rows]
     return kinds[top], [np.flatnonzero(which==k)[:each] for k in top]
 
+# %% ../nbs/11_gan.ipynb #a1546523
 def look(
     out:Path, # The model's folder
     epoch:int, # Passes done
@@ -284,7 +288,7 @@ def look(
     log.write(step, epoch=epoch, ms_ssim_fake=fake, ms_ssim_real=real, nearest_fake=nearest(fakes, images),
               nearest_real=nearest(held, images) if len(held) else nearest(images, images, same=True), collapse=int(1-fake<.5*(1-real)), **more)
 
-# %% ../nbs/11_gan.ipynb #bbfee9da
+# %% ../nbs/11_gan.ipynb #bda1e2c6
 def blow_up(
     out:Path, # The model's folder
     step:int, # The first minibatch whose numbers broke
@@ -297,6 +301,7 @@ def blow_up(
     raise Blown(f'{Path(out).name}: numbers broke in minibatch {step} (epoch {step*batch//n}): a loss was not finite or above a million. The checkpoint of minibatch {back or 0} '
                 'is the last good one and is kept; the minibatch stands in blown.json. The same settings would break again: take a lower rate or another seed.')
 
+# %% ../nbs/11_gan.ipynb #7afe68f6
 def steps(
     out:Path, # The model's folder
     n:int, # Training films

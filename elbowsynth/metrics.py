@@ -417,7 +417,7 @@ def score_jobs(
     fx = np.concatenate([features(torch.as_tensor(real[i:i+16])/255, extractor, device) for i in parts])
     for n,key,part,draw in progress(todo, f'Scoring {what} films', limit=minutes): score_folder(out/'epochs'/n, key, part, draw, real, fx, extractor, device)
 
-# %% ../nbs/30_metrics.ipynb #4ce5cfd1
+# %% ../nbs/30_metrics.ipynb #28d7982b
 def score_run(
     run:Path, # Folder of the run
     models:list[str], # Folders of the models in it; those that are missing are named in the result
@@ -442,7 +442,7 @@ def score_run(
     held = {p.stem for f in found.folder[found.kind=='validation'] for p in f.glob('*.png')}
     a, b = np.random.default_rng(0).random((2, 4, 176, 176), dtype=np.float32)
     probe = [*ssim(a, b), *ms_ssim(a, b), *(mmd2(a[:, 0], b[:, 0], c) for c in MMD_CONVENTIONS)]         # changes when the code does
-    for what,pairs,those in ('test', test, found[found.kind!='validation']), ('validation', train[train.pair.isin(held)], found[found.kind=='validation']):
+    for what,pairs,those in ('test', test, found[found.kind!='validation']), ('validation', train[train.pair.isin(held)].reset_index(drop=True), found[found.kind=='validation']):
         if not len(those): continue
         settings = [size, enlarge, name, rounded(probe), films_digest(run/images, pairs.image), pairs.pair.tolist()]
         jobs = scoring_jobs(pairs, those, settings)

@@ -77,7 +77,7 @@ def milestones(
     "When to save and sample: before training, every `every` passes (Section 3.3: 500), and at the end"
     return {-(-e*n//batch): e for e in sorted({*range(0, epochs+1, every), epochs})}
 
-# %% ../nbs/10_training.ipynb #8e855313
+# %% ../nbs/10_training.ipynb #a2b98bde
 class Log:
     "Append records to a JSONL file and, if asked, to TensorBoard"
     def __init__(self,
@@ -110,6 +110,7 @@ class Log:
                 if isinstance(v, (int, float)): self.board.add_scalar(k, v, step)
             self.board.flush()
 
+# %% ../nbs/10_training.ipynb #f0286f5d
 def read_log(
     path:Path, # A `log.jsonl`
 )->pd.DataFrame: # A row for each record

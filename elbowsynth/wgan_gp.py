@@ -76,7 +76,7 @@ def generator_loss(
     "What the generator makes smaller"
     return -critic(fake).mean()
 
-# %% ../nbs/12_wgan_gp.ipynb #f1a05de8
+# %% ../nbs/12_wgan_gp.ipynb #c190d19d
 def dropout_mask(
     shape:tuple, # Of the maps
     p:float, # Share to drop, in 256ths: .25 is exact
@@ -89,6 +89,7 @@ def dropout_mask(
     dice = torch.empty(-(-n//8), dtype=torch.int64, device=device).random_(-2**63, None, generator=generator)
     return (dice.view(torch.uint8)[:n]>=round(256*p)).to(dtype).view(shape)
 
+# %% ../nbs/12_wgan_gp.ipynb #8578fe3f
 def rise(
     critic:Critic,
     x:torch.Tensor, # Films
@@ -103,6 +104,7 @@ def rise(
         maps_.append(torch.ops.aten.elu_(a, .2, 1/(1-drop.p), 1).mul_(drawn[i]))
     return critic[-1](maps_[-1]), maps_, drawn
 
+# %% ../nbs/12_wgan_gp.ipynb #ac7886bc
 def times_slope(
     g:torch.Tensor, # Overwritten
     h:torch.Tensor, # The row's output
@@ -113,7 +115,7 @@ def times_slope(
     g.mul_(mask)
     return torch.ops.aten.elu_backward.grad_input(g, .2, 1/(1-p), 1, True, h, grad_input=g)
 
-# %% ../nbs/12_wgan_gp.ipynb #900d2409
+# %% ../nbs/12_wgan_gp.ipynb #5e266a2a
 def film_gradients(
     critic:Critic,
     maps_:list, # As `rise` gives them
@@ -130,6 +132,7 @@ def film_gradients(
         g = nn.functional.conv_transpose2d(g, conv.weight, None, 2, 2, 1)
     return g, deltas
 
+# %% ../nbs/12_wgan_gp.ipynb #6b97090b
 def by_weights(
     delta:torch.Tensor, # Gradient by the convolution's output
     x:torch.Tensor, # Its input
@@ -249,7 +252,7 @@ def model_steps(
             log.write(step, epoch=step*batch/len(images), **terms, gradient_critic=gradient_norm(critic), gradient_gen=gradient_norm(gen))
         yield step
 
-# %% ../nbs/12_wgan_gp.ipynb #4c9c831c
+# %% ../nbs/12_wgan_gp.ipynb #6c98258d
 def choose_models(
     pairs:pd.DataFrame, # Training pairs: `pathology`, `view`
     test:pd.DataFrame, # Test pairs
@@ -269,6 +272,7 @@ def choose_models(
     t.loc[(t.trained=='yes') & (t.n_train<batch), 'reason'] = f'fewer films than a batch of {batch}: repeated within it'
     return t[['view', 'pathology', 'n_train', 'n_test', 'trained', 'reason']]
 
+# %% ../nbs/12_wgan_gp.ipynb #cb9a7243
 def pairs_without(
     models:pd.DataFrame, # As `choose_models` gives it
     test:pd.DataFrame, # Test pairs
