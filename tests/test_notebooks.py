@@ -107,12 +107,12 @@ def test_each_module_has_its_notebook():
         assert (ROOT/'nbs'/notebook).exists()
     assert {p.stem for p in LIBRARY}=={p.stem.split('_', 1)[1] for p in NOTEBOOKS if p.stem!='index'}
 
-# The picture of the library: what each module may import, besides what those import. An arrow goes to a lower number.
+# The picture of the library: what each module may import, besides what those import. An arrow goes to a lower number, but for `search`, which scores as `metrics` does.
 IMPORTS = {'core': '', 'data': 'core', 'anatomy': 'data', 'phantom': 'core data anatomy', 'preprocess': 'core data', 'masks': 'core data preprocess',
            'importers': 'core data masks', 'split': 'core data',
            'training': 'core data', 'gan': 'core data training', 'wgan_gp': 'core data training gan', 'ac_gan': 'core data training gan',
            'tac_gan': 'core data training gan ac_gan', 'inpaint': 'core data training', 'sdxl': 'core data training inpaint', 'flux': 'core data training inpaint',
-           'metrics': 'core data', 'figures': 'core data', 'run': 'core', 'site': 'core'}
+           'search': 'core data training gan ac_gan tac_gan metrics', 'metrics': 'core data', 'figures': 'core data', 'run': 'core', 'site': 'core'}
 
 def test_imports_go_one_way():
     for p in LIBRARY:

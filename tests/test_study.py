@@ -53,6 +53,26 @@ def test_every_model_has_a_film_for_each_test_pair_at_each_checkpoint(smoke):
     models = pd.read_csv(smoke['run']/'wgan_gp'/'models.csv')
     assert models.trained.astype(str).str.lower().isin(['true', 'yes']).sum()==2 and models.n_test.sum()==len(test)
 
+def test_validation_patients_choose_and_the_report_shows_it(smoke):
+    pairs = pd.read_csv(smoke['run']/'split'/'pairs.csv').set_index('pair')
+    for model in ('ac_gan', 'tac_gan'):
+        held = {p.stem for p in (smoke['run']/model/'validation').rglob('*.png')}
+        assert held and (pairs.split[sorted(held)]=='train').all()
+    choice = pd.read_csv(smoke['run']/'metrics'/'choice.csv').set_index('model')
+    assert choice.chosen_epoch[['ac_gan', 'tac_gan']].notna().all() and choice.chosen_epoch[['sdxl', 'flux']].isna().all()
+    trials = pd.read_csv(smoke['run']/'search'/'trials.csv')
+    assert trials.groupby('model').size().to_dict()=={'ac_gan': 2, 'tac_gan': 2} and set(json.loads((smoke['run']/'search'/'best.json').read_text()))=={'ac_gan', 'tac_gan'}
+    page = (smoke['run']/'report.html').read_text()
+    assert 'is no ranking' in page and 'Chosen by validation' in page
+
+def test_what_the_search_found_can_be_trained_with(smoke):
+    "`searched` makes the search a stage that the training waits for"
+    done = study(smoke['top'], '--run', 'smoke', '--set', 'ac_gan.searched=search', '--target', 'ac_gan')
+    assert stages_run(done.stderr)[-1]=='ac_gan'
+    cause, best = (json.loads((smoke['run']/n).read_text()) for n in ('ac_gan/cause.json', 'search/best.json'))
+    assert cause['lr']==[best['ac_gan']['values'][k] for k in ('lr_g', 'lr_d', 'lr_c')] and cause['batch']==best['ac_gan']['values']['batch']
+    study(smoke['top'])                                             # back to the tables' values
+
 def test_scores_are_those_of_another_library(smoke):
     "SSIM of a film, read back from the files of the run, as piq gives it"
     import cv2, piq, torch
