@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['VIEW_WORDS', 'SIDE_WORDS', 'IMAGES', 'SYNONYMS', 'RADIOGRAPHS', 'COLOURS', 'PARTS', 'KINDS', 'ONLY', 'as_word',
            'word_map', 'files_below', 'film_names', 'readable', 'plain_film', 'without_colour', 'png_bytes',
-           'keep_bytes', 'look', 'stem', 'families', 'groups', 'read_overrides', 'filled', 'film_masks', 'ready',
-           'take', 'Imported', 'coded', 'labels_of', 'summed', 'write_import', 'fingerprint', 'csv_bytes', 'settle',
-           'column_map', 'found_file', 'by_name', 'table_films', 'drawn_shapes', 'import_folder', 'mura_studies',
-           'import_mura', 'atlas_film', 'import_fracatlas', 'yolo_text', 'one_of_each', 'import_yolo', 'import_png16',
-           'is_dicom', 'read_dicom', 'dicom_fault', 'voi_table', 'shown_values', 'padding', 'film_values',
-           'one_reading', 'dicom_view', 'dicom_side', 'spacing', 'years', 'dicom_facts', 'who', 'dicom_film',
-           'import_dicom', 'in_words', 'label_pairs', 'options', 'arguments', 'main']
+           'keep_bytes', 'difference_hash', 'stem', 'families', 'groups', 'read_overrides', 'filled', 'film_masks',
+           'ready', 'take', 'Imported', 'coded', 'labels_of', 'summed', 'write_import', 'fingerprint', 'csv_bytes',
+           'settle', 'column_map', 'found_file', 'by_name', 'table_films', 'drawn_shapes', 'import_folder',
+           'mura_studies', 'import_mura', 'atlas_film', 'import_fracatlas', 'yolo_text', 'one_of_each', 'import_yolo',
+           'import_png16', 'is_dicom', 'read_dicom', 'dicom_fault', 'voi_table', 'shown_values', 'padding',
+           'film_values', 'one_reading', 'dicom_view', 'dicom_side', 'spacing', 'years', 'dicom_facts', 'who',
+           'dicom_film', 'import_dicom', 'in_words', 'label_pairs', 'options', 'arguments', 'main']
 
 # %% ../nbs/06_importers.ipynb #4c40570a
 import argparse, hashlib, json, os, re, sys, warnings
@@ -123,8 +123,8 @@ def keep_bytes(
     if path.is_file() and path.stat().st_size==len(raw) and path.read_bytes()==raw: return
     with replacing(path) as part: part.write_bytes(raw)
 
-# %% ../nbs/06_importers.ipynb #f6c835a2
-def look(
+# %% ../nbs/06_importers.ipynb #3b053b51
+def difference_hash(
     image:np.ndarray, # A film
 )->np.ndarray: # 31 bytes
     "A difference hash"
@@ -242,7 +242,7 @@ def ready(
     table = pd.read_csv(labels, dtype=str, keep_default_na=False)
     return set(table.file) | set(table['mask']) - {''}
 
-# %% ../nbs/06_importers.ipynb #64437c8b
+# %% ../nbs/06_importers.ipynb #ea492a33
 def take(
     film:dict, # On its way
     source:Path, # Where its file lies
@@ -257,7 +257,7 @@ def take(
     except ValueError as e: return re.sub('^'+re.escape(Path(film['file']).name), 'it', str(e))        # a name may be a patient's
     except OSError as e: return f'it cannot be read: {e.strerror}'
     full['more'] = film.get('more', {}) | facts.get('more', {})
-    return full | dict(raw=png_bytes(image), look=look(image), pixels=digest(image), bits=8*image.itemsize, masks=masks)
+    return full | dict(raw=png_bytes(image), look=difference_hash(image), pixels=digest(image), bits=8*image.itemsize, masks=masks)
 
 # %% ../nbs/06_importers.ipynb #95a87eb2
 @dataclass

@@ -7,7 +7,7 @@ from conftest import sh
 from elbowsynth.core import save_json
 from elbowsynth.data import BadLabels, read_image, read_labels, write_png
 from elbowsynth.importers import (dicom_fault, dicom_film, families, film_names, film_values, import_dicom, import_folder, import_fracatlas,
-                                  import_mura, import_png16, import_yolo, is_dicom, look, one_reading, png_bytes, shown_values, voi_table)
+                                  import_mura, import_png16, import_yolo, is_dicom, difference_hash, one_reading, png_bytes, shown_values, voi_table)
 pydicom = pytest.importorskip('pydicom')
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -450,10 +450,10 @@ def test_near_copies_are_linked_and_films_are_not():
     from elbowsynth.phantom import phantom
     films = [phantom('AP' if k%2 else 'LAT', ['normal' if k%3 else 'joint effusion'], side='L', age=4+3*k, seed=100+k, size=192).image for k in range(20)]
     def worse(a): return cv2.imdecode(cv2.imencode('.jpg', cv2.resize((a*.85+15).astype(np.uint8), (140, 140), interpolation=cv2.INTER_AREA), [1, 60])[1], 0)
-    looks = np.array([look(a) for a in films]+[look(worse(a)) for a in films])
+    looks = np.array([difference_hash(a) for a in films]+[difference_hash(worse(a)) for a in films])
     found = families([str(k) for k in range(40)], looks)
     assert found==[str(k) for k in range(20)]*2
-    deep = [look(a.astype(np.uint16)*257) for a in films]
+    deep = [difference_hash(a.astype(np.uint16)*257) for a in films]
     assert np.array_equal(deep, looks[:20])
 
 @settings(max_examples=50, deadline=None)
