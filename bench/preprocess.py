@@ -68,11 +68,11 @@ def speed(n):
         return {'films_per_second_one_core': round(1/ours, 2), 'at_16_bits': round(1/at16, 2), 'peer_films_per_second': round(1/theirs, 2), 'ours_over_peer': round(theirs/ours, 1),
                 'two_cores_over_one': round(alone/together, 2), 'mib_for_n': round(peak(some, 2)[1]), 'mib_for_4n': round(peak(many, 2)[1]), 'n': n}
 
-def right(n, size, sheet):
+def right(n, size, sheet, seed):
     def one(i):
         rng = np.random.default_rng([i, 99])
         nuisances = [o for o in NUISANCES if o!='coloured overlay' or i%2]
-        film = phantom(('AP', 'LAT')[i%2], [PATHOLOGIES[i%14]], 'LR'[i%3>0], age=float(rng.uniform(2, 70)), seed=10_000+i, size=size, nuisances=nuisances)
+        film = phantom(('AP', 'LAT')[i%2], [PATHOLOGIES[i%14]], 'LR'[i%3>0], age=float(rng.uniform(2, 70)), seed=seed+i, size=size, nuisances=nuisances)
         done, (bare, ink) = preprocess(film.image, 256), remove_overlay(film.image)
         g, grown = done.geometry, cv2.dilate(film.overlay.astype(np.uint8), np.ones((5, 5)))>0
         box = g.top, g.left, g.bottom, g.right
@@ -80,7 +80,7 @@ def right(n, size, sheet):
         off = [max(abs(p-q)/(s or 1) for p,q,s in zip(box, film.field, (film.field[2]-film.field[0], film.field[3]-film.field[1])*2))]
         lost = (ink & ~cv2.dilate(grown.astype(np.uint8), np.ones((9, 9))).astype(bool))[t:b, l:r].mean()
         row = {'film': i, 'polarity': done.report['inverted']!=film.inverted, 'crop': ' '.join(wrong_edges(grey_of(bare), box, film.field, grown)), 'two_in_hundred': off[0]>.02,
-               'crop_at_2': ' '.join(wrong_edges(grey_of(bare), box, film.field, grown, .02)), 'found': float((ink & film.overlay).sum()/film.overlay.sum()), 'letter_lost': bool(lost>.03)}
+               'crop_at_2': ' '.join(wrong_edges(grey_of(bare), box, film.field, grown, .02)), 'found': float((ink & film.overlay).sum()/max(1, film.overlay.sum())), 'letter_lost': bool(lost>.03)}
         bad = row['polarity'] or row['crop']
         picture = np.repeat(grey_of(film.image)[..., None], 3, 2) if bad else None
         if bad:
@@ -100,6 +100,7 @@ if __name__=='__main__':
     a.add_argument('--films', type=int, default=16)
     a.add_argument('--right', type=int, default=0)
     a.add_argument('--size', type=int, default=512)
+    a.add_argument('--seed', type=int, default=10_000)
     a.add_argument('--sheet', default='')
     o = a.parse_args()
-    print(json.dumps(right(o.right, o.size, o.sheet) if o.right else speed(o.films), indent=1))
+    print(json.dumps(right(o.right, o.size, o.sheet, o.seed) if o.right else speed(o.films), indent=1))
