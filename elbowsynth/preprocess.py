@@ -222,14 +222,14 @@ def remove_overlay(
     if image.ndim==2: return grey, ink.astype(bool)
     return np.where(ink[..., None]>0, grey[..., None], image), ink.astype(bool)
 
-# %% ../nbs/04_preprocess.ipynb #d0c28671
+# %% ../nbs/04_preprocess.ipynb #17b68595
 def tile_maps(
     image:np.ndarray, # (h, w), uint8
     clip:float, # Limit of the contrast's gain
     tiles:int, # Tiles a side
 )->tuple: # (tiles, tiles, 256) float32: the grey that each grey becomes in each tile; height and width of a tile
     "CLAHE's maps, one for each tile"
-    th,tw = (-(-n//tiles) for n in image.shape)
+    th,tw = (n//tiles+any(m%tiles for m in image.shape) for n in image.shape)   # as OpenCV has it: one more on both sides if one does not come out even
     whole = cv2.copyMakeBorder(image, 0, th*tiles-image.shape[0], 0, tw*tiles-image.shape[1], cv2.BORDER_REFLECT_101)
     counts = np.array([[np.bincount(whole[i*th:(i+1)*th, j*tw:(j+1)*tw].ravel(), minlength=256) for j in range(tiles)] for i in range(tiles)])
     kept = np.minimum(counts, max(1, int(clip*th*tw/256)))
