@@ -6,7 +6,7 @@
 __all__ = ['BLOCKS', 'label_vectors', 'block_cross_entropy', 'validation', 'pair_noise', 'sample', 'maps', 'doublings', 'UpConv',
            'up_row', 'film_row', 'row_shapes', 'adam', 'update', 'frozen', 'whole', 'compiled', 'gradient_norm',
            'likeness', 'class_likeness', 'nearest', 'common_labels', 'look', 'blow_up', 'steps', 'position',
-           'steps_left', 'sample_from', 'best_values', 'show_losses', 'sample_sheet']
+           'steps_left', 'sample_from', 'best_values', 'show_losses', 'show_checks', 'sample_sheet']
 
 # %% ../nbs/11_gan.ipynb #f2cdbc07
 import importlib, json, time, warnings
@@ -265,7 +265,7 @@ def common_labels(
     top = np.argsort(-counts, kind='stable')[:rows]
     return kinds[top], [np.flatnonzero(which==k)[:each] for k in top]
 
-# %% ../nbs/11_gan.ipynb #a1546523
+# %% ../nbs/11_gan.ipynb #1e0c6a5a
 def look(
     out:Path, # The model's folder
     epoch:int, # Passes done
@@ -285,6 +285,7 @@ def look(
     h, w = fakes.shape[1:]
     write_png(Path(out)/'grids'/f'{epoch:04d}.png', fakes.reshape(-1, 8, h, w).swapaxes(1, 2).reshape(-1, 8*w))
     fake, real = class_likeness(fakes, np.arange(len(kinds)).repeat(8)), class_likeness(images[np.concatenate(at)], np.arange(len(at)).repeat([len(a) for a in at]))
+    if np.isnan(real): real = class_likeness(images[:64], np.zeros(min(64, len(images))))    # no two films of a label: films of different labels, then
     log.write(step, epoch=epoch, ms_ssim_fake=fake, ms_ssim_real=real, nearest_fake=nearest(fakes, images),
               nearest_real=nearest(held, images) if len(held) else nearest(images, images, same=True), collapse=int(1-fake<.5*(1-real)), **more)
 
@@ -383,7 +384,7 @@ def best_values(
     "What the search found best"
     return json.loads(need(Path(folder)/'best.json', 'search').read_text())[model]['values']
 
-# %% ../nbs/11_gan.ipynb #9bf2c083
+# %% ../nbs/11_gan.ipynb #6384b8a5
 def show_losses(
     logs:dict, # Model to its log, with a column `epoch`
     columns:list[str], # Quantities, a panel for each
@@ -392,12 +393,34 @@ def show_losses(
 ):
     "What the models wrote down while they trained"
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(columns), figsize=(2.9*len(columns), 2.3), dpi=72, squeeze=False)
+    rows = -(-len(columns)//5)
+    fig, axes = plt.subplots(rows, -(-len(columns)//rows), figsize=(2.5*-(-len(columns)//rows), 2.2*rows), dpi=72, squeeze=False)
+    for ax in axes.flat[len(columns):]: ax.axis('off')
     for ax,c in zip(axes.flat, columns):
         for name,log in logs.items(): ax.plot(log.epoch, log[c].astype(float).rolling(span, min_periods=1).mean(), lw=1, label=name, marker='.'*(len(log)<12))
         if c in (levels or {}): ax.axhline(levels[c], color='k', lw=.7, ls='--')
         ax.set_title(c, fontsize=8); ax.set_xlabel('epoch', fontsize=7); ax.tick_params(labelsize=6)
     if 1<len(logs)<9: axes[0, 0].legend(fontsize=5)
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/11_gan.ipynb #9ca2e249
+def show_checks(
+    logs:dict, # Model to its `checks.jsonl`
+):
+    "What `look` wrote down, a colour for each model; a red cross is a sign of collapse"
+    import matplotlib.pyplot as plt
+    panels = {'share of labels read right': ['class_right_real', 'class_right_fake', 'class_right_held'], 'MS-SSIM within a class': ['ms_ssim_fake', 'ms_ssim_real'],
+              'grey levels to the nearest training film': ['nearest_fake', 'nearest_real']}
+    panels = {k: [c for c in v if any(c in log for log in logs.values())] for k,v in panels.items() if any(v[0] in log for log in logs.values())}
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.4*len(panels), 2.4), dpi=72, squeeze=False)
+    for ax,(title,columns) in zip(axes.flat, panels.items()):
+        for i,log in enumerate(logs.values()):
+            for c,style in zip(columns, ('-', '--', ':')):
+                if c in log: ax.plot(log.epoch, log[c].astype(float), style, color=f'C{i}', lw=1, label=c.split('_')[-1] if i==0 else None)
+            bad = log[log.collapse==1]
+            if columns[0]=='ms_ssim_fake': ax.plot(bad.epoch, bad.ms_ssim_fake, 'rx', ms=6)
+        ax.set_title(title, fontsize=8); ax.set_xlabel('epoch', fontsize=7); ax.tick_params(labelsize=6); ax.legend(fontsize=6)
     fig.tight_layout()
     return fig
 
