@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'METRICS', 'NAMES', 'PAPER', 'save_figure', 'film_figure', '
            'mmd_panel', 'learning_curves', 'sample_row', 'grid_pairs', 'sample_grid', 'table1', 'choice_table',
            'training_seed', 'seed_table', 'ranking', 'ranking_sentences', 'stage_values', 'films_sentence',
            'changed_values', 'run_sentences', 'model_sentences', 'model_figures', 'honest_sentences', 'open_run',
-           'normal_pairs']
+           'normal_pairs', 'rejects_of']
 
 # %% ../nbs/35_figures.ipynb #c21a7b95
 import glob, json, textwrap
@@ -391,3 +391,10 @@ def normal_pairs(
     for g in ((t.view=='LAT')&(t.side=='L'), t.view=='LAT', t.view=='AP', t.view!=''):
         if g.sum()>1: break
     return t[g].head(2)
+
+# %% ../nbs/35_figures.ipynb #ad11fda2
+def rejects_of(
+    images:Path, # The folder that `preprocess` wrote
+)->pd.DataFrame: # file, reason
+    "Files that were named as films and are none"
+    return pd.read_csv(need(Path(images)/'rejects.csv', 'preprocess'), keep_default_na=False)

@@ -133,7 +133,7 @@ def test_a_strangers_sixty_films(smoke, tmp_path):
     run = smoke['top']/'_runs'/'smoke-films'
     pairs = pd.read_csv(run/'split'/'pairs.csv')
     rejects = pd.read_csv(run/'images'/'rejects.csv')
-    assert rejects.file.tolist()==['ward 1/lat_001.png'] and rejects.reason.notna().all() and 'lat_001' in said
+    assert rejects.file.tolist()==['ward 1/lat_001.png'] and rejects.reason.notna().all()
     assert len(pairs)==59 and pairs.patient.nunique()==30 and set(pairs.view)=={'AP', 'LAT'} and set(pairs.side)=={'L', 'R'}
     assert set(pairs.mask_source)=={'drawn', 'suggested'} and 'phantom' not in stages_run(said)
     assert pd.read_csv(run/'images'/'images.csv').inverted.sum()==2*sum(i%7==3 for i in range(30))
