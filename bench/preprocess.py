@@ -5,13 +5,13 @@
 """
 import os
 for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ[name] = '1'
-import argparse, json, resource, statistics, subprocess, sys, tempfile, time
+import argparse, json, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 import cv2, numpy as np, pandas as pd
 from elbowsynth.core import spread
 from elbowsynth.data import PATHOLOGIES, read_image, write_png
 from elbowsynth.phantom import NUISANCES, phantom
-from elbowsynth.preprocess import grey_of, preprocess, preprocess_folder, remove_overlay, wrong_edges
+from elbowsynth.preprocess import grey_of, preprocess, remove_overlay, wrong_edges
 cv2.setNumThreads(1)
 
 def folder_of(where, n, deep=False):

@@ -167,48 +167,57 @@ def coloured(
     ink = chroma>.15*max(255, int(image.max()))
     return ink if ink.mean()<.2 else np.zeros_like(ink)
 
-# %% ../nbs/04_preprocess.ipynb #53bf5f37
+# %% ../nbs/04_preprocess.ipynb #39a10a72
 def in_rows(
     boxes:np.ndarray, # (n, 5): left, top, width, height and area of strokes that may be letters
-    shape:tuple, # Of the film from afar
+    small:np.ndarray, # (h, w) uint8, the film from afar
+    ink:np.ndarray, # (h, w) bool: all strokes
 )->np.ndarray: # bool: the rows of letters, filled
-    "Where three or more letters of one height stand side by side"
-    gap, canvas = max(3, int(.011*max(shape))), np.zeros(shape, np.uint8)
+    "Where three or more letters of one height and one grey stand side by side"
+    gap, canvas = max(3, int(.011*max(small.shape))), np.zeros(small.shape, np.uint8)
     for l,t,w,h,_ in boxes: canvas[t:t+h, max(0, l-gap):l+w+gap] = 1
     count, where = cv2.connectedComponents(canvas, connectivity=4)
     keep = np.zeros(count, bool)
     l,t,w,h,a = boxes.T
     row = where[t+h//2, l+w//2]
     for r in np.unique(row):
-        o = row==r
+        o = np.flatnonzero(row==r)
         tall, middle = np.median(h[o]), np.median(t[o]+h[o]/2)
-        alike = (np.abs(h[o]-tall)<=.35*tall) & (np.abs(t[o]+h[o]/2-middle)<=.35*tall)
-        word = (w[o]>=3.6*tall) & (a[o]<.5*w[o]*h[o])               # letters that touch
+        parts = [(small[t[i]:t[i]+h[i], l[i]:l[i]+w[i]], ink[t[i]:t[i]+h[i], l[i]:l[i]+w[i]]) for i in o]
+        grey = np.array([np.sort(p[m])[-(m.sum()//8)-1] for p,m in parts]).astype(int)   # of the inmost eighth
+        stems = np.array([(m[:, 1:] & ~m[:, :-1]).sum()/len(m) for _,m in parts])
+        alike = (np.abs(h[o]-tall)<=.35*tall) & (np.abs(t[o]+h[o]/2-middle)<=.35*tall) & (np.abs(grey-np.median(grey))<=20)
+        word = (w[o]>=3.6*tall) & (a[o]<.5*w[o]*h[o]) & (stems>=2)  # letters that touch
         keep[r] = np.where(word, w[o]/(.9*tall), 1)[alike].sum()>=3 and alike.mean()>=.5
     return keep[where]
 
 def writing(
     small:np.ndarray, # (h, w) uint8, from afar
+    beside:np.ndarray=None, # (h, w) bool: where other writing is near, so that letters need no row
 )->np.ndarray: # (h, w) bool
     "Strokes that are brighter than what lies beside them, and are letters in a row or a ruler"
     side = max(small.shape)
     width = max(3, 2*round(.0085*side/2)+1)
-    ink = cv2.morphologyEx(small, cv2.MORPH_TOPHAT, np.ones((width, width), np.uint8))>35
+    ink = cv2.morphologyEx(small, cv2.MORPH_TOPHAT, np.ones((width, width), np.uint8))>55
     _, labels, stats, _ = cv2.connectedComponentsWithStats(ink.astype(np.uint8), connectivity=8)
     l,t,w,h,a = stats.T
     long, narrow = np.maximum(w, h), np.minimum(w, h)
     ruler = (long>=.2*side) & (narrow<=.06*side) & (narrow>=.009*side) & (a<=.4*w*h)
     letter = (h>=max(5, .008*side)) & (h<=.036*side) & (w<=.22*side) & (a>=1.5*h)
     ruler[0] = letter[0] = False
-    return ink & (ruler[labels] | in_rows(stats[letter], small.shape))
+    if beside is not None: return ink & (letter & beside[np.minimum(t+h//2, len(small)-1), np.minimum(l+w//2, small.shape[1]-1)])[labels]
+    return ink & (ruler[labels] | in_rows(stats[letter], small, ink))
 
-# %% ../nbs/04_preprocess.ipynb #f0cea164
+# %% ../nbs/04_preprocess.ipynb #626c41f2
 def remove_overlay(
     image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16
 )->tuple: # The film without its writing, of the same shape and type, and a bool mask of what was filled in
     "Paint over burned-in text and rulers, white, black or coloured; the lead letter stays"
     small = from_afar(image, 1000)
     found = (writing(small) | writing(255-small)).astype(np.uint8)
+    if found.any():                                                 # a letter cut off its row, the short line below a long one
+        beside = cv2.dilate(found, np.ones((2*(len(small)//40)+1, 2*(len(small)//40)+1), np.uint8))>0
+        found |= (writing(small, beside) | writing(255-small, beside)).astype(np.uint8)
     ink = cv2.resize(found, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     if image.ndim==3: ink |= coloured(image).astype(np.uint8)
     if not ink.any(): return image, ink.astype(bool)

@@ -5,7 +5,7 @@ import cv2, numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from elbowsynth.core import root, spread
-from elbowsynth.data import PATHOLOGIES, read_image, write_png
+from elbowsynth.data import PATHOLOGIES, read_image
 from elbowsynth.phantom import NUISANCES, phantom
 from elbowsynth.preprocess import (Geometry, clahe, crop_padding, fix_polarity, frame, from_square, full_range, grey_of, in_square, preprocess, preprocess_folder,
                                    remove_overlay, to_film, to_square, wrong_edges)
@@ -75,7 +75,7 @@ def test_a_plain_film_is_left_alone():
         film = phantom(('AP', 'LAT')[i%2], [PATHOLOGIES[i%14]], age=3+i, seed=i, size=512)
         seen = found(film)
         assert not seen['polarity'] and not seen['crop'] and not seen['letter'], (i, seen)
-        assert remove_overlay(film.image)[1].mean()<.002, i
+        assert not remove_overlay(film.image)[1].any(), i
 
 def versions(image):
     "A film, its negative, and both in padding"
