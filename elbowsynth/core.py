@@ -110,7 +110,7 @@ def progress(
                 print(f'{what}: {i} of {total}, {clock(now-start)} so far, about {clock(left)} left', flush=True)
                 said = now
 
-# %% ../nbs/00_core.ipynb #5f43d24f
+# %% ../nbs/00_core.ipynb #2812dc11
 def spread(
     f, # Function of one item; numpy, OpenCV or files do its work
     items, # What to go through; asked for one item at a time
@@ -119,14 +119,17 @@ def spread(
     "Work out `f` of each item on several cores at once, a few ahead of whoever asks"
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     if jobs==1: yield from map(f, items); return
-    ahead = deque()
+    ahead, turn = deque(), sys.getswitchinterval()
+    sys.setswitchinterval(5e-5)                                     # else whoever computes for a moment waits 5 ms for the next turn
     with ThreadPoolExecutor(jobs) as pool:
         try:
             for item in items:
                 ahead.append(pool.submit(f, item))
                 if len(ahead)>2*jobs: yield ahead.popleft().result()
             while ahead: yield ahead.popleft().result()
-        finally: pool.shutdown(cancel_futures=True)                 # when somebody stops asking, or one of them fails
+        finally:                                                    # also when somebody stops asking, or one of them fails
+            pool.shutdown(cancel_futures=True)
+            sys.setswitchinterval(turn)
 
 # %% ../nbs/00_core.ipynb #8aa08561
 @dataclass
