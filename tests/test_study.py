@@ -167,7 +167,7 @@ def test_two_films_of_one_patient(smoke, tmp_path, make):
     films.mkdir()
     make(films)
     done = study(smoke['top'], '--data', films, check=False)
-    assert done.returncode!=0 and stages_run(done.stderr)==['preprocess', 'masks'] and 'a patient is never in both sets' in done.stderr
+    assert done.returncode!=0 and stages_run(done.stderr)==['preprocess', 'masks'] and 'neither is ever in both sets' in done.stderr
     args = ['--data', films, '--set', 'split= epochs=0 boost_epochs=0 sdxl.out=sdxl_untrained flux.out=flux_untrained', '--target', 'sdxl', '--target', 'flux']
     drawn = study(smoke['top'], *args)
     assert stages_run(drawn.stderr)[-2:] in (['sdxl', 'flux'], ['flux', 'sdxl'])
