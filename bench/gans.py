@@ -1,4 +1,4 @@
-"""The three GANs, the plain eager loop against ours, on this machine: `make bench`, or `python bench/gans.py [--quick]`. Writes `bench/results/DEVICE.json` and `.md`.
+"""The three GANs, the plain eager loop against ours, on this machine: `make bench`, or `python bench/gans.py [--quick]`. Writes `bench/results/gans-DEVICE.json` and `.md`.
 
 Plain is what one would write first: autograd for the gradient penalty, doubling and convolution one after the other, the critic's or discriminator's weights
 not frozen while the generator learns, Adam as it comes; films lie in memory as floats. Both do the same updates in the same precision. Each loop runs in a process of its own, which
@@ -88,20 +88,20 @@ def worker(model, way, size, width, batch, device, at_once):
     sync = (lambda: torch.cuda.synchronize(device)) if device.type=='cuda' else (lambda: None)
     for line in sys.stdin:
         steps = int(line)
-        sync(); start = time.perf_counter()
+        sync(); start, start_cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             at, n = order[[(n*batch+i)%20 for i in range(batch)]] if device.type=='cpu' else order.roll(n)[:batch], n+1
             for turn,stream in zip(turns, streams):
                 with torch.cuda.stream(stream) if stream else contextlib.nullcontext(): turn(at)
         sync()
         peak = torch.cuda.max_memory_allocated(device) if device.type=='cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
-        print(json.dumps({'seconds': (time.perf_counter()-start)/steps, 'peak': peak}), flush=True)
+        print(json.dumps({'seconds': (time.perf_counter()-start)/steps, 'cpu': (time.process_time()-start_cpu)/steps, 'peak': peak}), flush=True)
 
 def measure(model, ways, repeats, steps, args):
     "Milliseconds of a step and peak memory of each way, in turns"
     start = lambda way, k: subprocess.Popen([sys.executable, __file__, '--worker', model, '--way', way, '--size', str(args.size), '--width', str(args.width), '--batch', str(args.batch),
                                              '--device', args.device, '--at-once', str(k)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    workers, seen, peak = {(w, k): start(w, k) for w,k in ways}, {}, {}
+    workers, seen, cpu, peak = {(w, k): start(w, k) for w,k in ways}, {}, {}, {}
     def ask(key, n):
         p = workers[key]
         p.stdin.write(f'{n}\n'); p.stdin.flush()
@@ -112,10 +112,11 @@ def measure(model, ways, repeats, steps, args):
             for key in workers:
                 said = ask(key, steps)
                 seen.setdefault(key, []).append(1e3*said['seconds'])
+                cpu.setdefault(key, []).append(1e3*said['cpu'])
                 peak[key] = said['peak']
     finally:
         for p in workers.values(): p.stdin.close(); p.wait()
-    return {key: {'ms': statistics.median(v), 'all_ms': v, 'peak_mib': peak[key]/2**20} for key,v in seen.items()}
+    return {key: {'ms': statistics.median(v), 'all_ms': v, 'cpu_ms': statistics.median(cpu[key]), 'peak_mib': peak[key]/2**20} for key,v in seen.items()}
 
 def projected(rows, batch, at_once):
     "Hours of the whole arm by measured steps: pairs of Table 3, 4000 epochs, meaning B"
@@ -143,15 +144,16 @@ def main():
         steps = 1 if args.quick else 200 if cuda and model!='wgan_gp' else 20 if cuda else 1 if model=='wgan_gp' else 5
         found = measure(model, ways, args.repeats, steps, args)
         for (way, k), r in found.items():
-            rows.append({'model': model, 'way': way, 'models': k, 'ms': r['ms'], 'fastest_ms': min(r['all_ms']), 'slowest_ms': max(r['all_ms']),
-                         'images_per_second': 1e3*k*args.batch/r['ms'], 'peak_mib': r['peak_mib'], 'times_plain': found['plain', 1]['ms']*k/r['ms']})
+            rows.append({'model': model, 'way': way, 'models': k, 'ms': r['ms'], 'fastest_ms': min(r['all_ms']), 'slowest_ms': max(r['all_ms']), 'cpu_ms': r['cpu_ms'],
+                         'images_per_second': 1e3*k*args.batch/r['ms'], 'peak_mib': r['peak_mib'], 'times_plain': found['plain', 1]['ms']*k/r['ms'],
+                         'times_plain_fastest': min(found['plain', 1]['all_ms'])*k/min(r['all_ms'])})
             print({k: v for k,v in rounded(rows[-1], 3).items()}, flush=True)
     name = torch.cuda.get_device_name() if cuda else next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), platform.processor())
     about = {'device': name if cuda else f'{name}, {torch.get_num_threads()} threads', 'torch': torch.__version__, 'size': args.size, 'width': args.width, 'batch': args.batch,
              'precision': 'TF32' if cuda else 'float32', 'repeats': args.repeats}
     if cuda and len(args.models)==3: about['projected hours of the whole arm (28 WGAN-GPs, AC-GAN, TAC-GAN; 4000 epochs, meaning B)'] = projected(rows, args.batch, 4)
     if args.quick and not args.out: return
-    out = (args.out or TOP/'bench'/'results')/re.sub(r'\W+', '-', about['device']).strip('-').lower()
+    out = (args.out or TOP/'bench'/'results')/('gans-'+re.sub(r'\W+', '-', about['device']).strip('-').lower())
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_name(out.name+'.json').write_text(json.dumps(rounded({'about': about, 'paper': PAPER, 'rows': rows}, 4), indent=1)+'\n')
     out.with_name(out.name+'.md').write_text(table(rounded(about, 3), rounded(rows, 3)))
@@ -161,8 +163,8 @@ def table(about, rows):
     "The measured figures, to be read"
     text = f'# GANs on {about["device"]}\n\ntorch {about["torch"]}, {about["precision"]}, films of side {about["size"]}, width {about["width"]:g}, batches of {about["batch"]}. '
     text += f'Medians of {about["repeats"]} turns, plain and ours by turns in one run (`make bench`). A step of the WGAN-GP is a minibatch in meaning B: five updates of the critic and one of the generator.\n\n'
-    text += '| model | loop | models at a time | ms a step (fastest to slowest) | images a second | peak memory, MiB | times plain |\n|---|---|---|---|---|---|---|\n'
-    for r in rows: text += f'| {r["model"]} | {r["way"]} | {r["models"]} | {r["ms"]:g} ({r["fastest_ms"]:g} to {r["slowest_ms"]:g}) | {r["images_per_second"]:g} | {r["peak_mib"]:g} | {r["times_plain"]:g} |\n'
+    text += '| model | loop | models at a time | ms a step (fastest to slowest) | images a second | peak memory, MiB | times plain | times plain, fastest turns |\n|---|---|---|---|---|---|---|---|\n'
+    for r in rows: text += f'| {r["model"]} | {r["way"]} | {r["models"]} | {r["ms"]:g} ({r["fastest_ms"]:g} to {r["slowest_ms"]:g}) | {r["images_per_second"]:g} | {r["peak_mib"]:g} | {r["times_plain"]:g} | {r["times_plain_fastest"]:g} |\n'
     hours = next((v for k,v in about.items() if k.startswith('projected')), None)
     if hours: text += ('\nWhole arm, projected from these steps (28 WGAN-GPs by the counts of Table 3, AC-GAN, TAC-GAN, 4000 epochs, meaning B): '+', '.join(f'{k} {v:g} h' for k,v in hours.items())+
                        '. The paper: 996 GPU-hours as printed, on L40s; about 320 if its 32 hours are those of the largest WGAN-GP.\n')

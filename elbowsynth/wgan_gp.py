@@ -76,7 +76,7 @@ def generator_loss(
     "What the generator makes smaller"
     return -critic(fake).mean()
 
-# %% ../nbs/12_wgan_gp.ipynb #c190d19d
+# %% ../nbs/12_wgan_gp.ipynb #681740bf
 def dropout_mask(
     shape:tuple, # Of the maps
     p:float, # Share to drop, in 256ths: .25 is exact
@@ -87,7 +87,7 @@ def dropout_mask(
     "What dropout lets through, from one random byte for each number: eight for the price of one"
     n = torch.Size(shape).numel()
     dice = torch.empty(-(-n//8), dtype=torch.int64, device=device).random_(-2**63, None, generator=generator)
-    return (dice.view(torch.uint8)[:n]>=round(256*p)).to(dtype).view(shape)
+    return torch.ge(dice.view(torch.uint8)[:n], round(256*p), out=torch.empty(n, dtype=dtype, device=device)).view(shape)
 
 # %% ../nbs/12_wgan_gp.ipynb #8578fe3f
 def rise(
@@ -141,7 +141,7 @@ def by_weights(
     "What a convolution learns from a batch"
     return torch.ops.aten.convolution_backward(delta, x, conv.weight, conv.bias.shape, [2, 2], [2, 2], [1, 1], False, [0, 0], 1, [False, True, True])[1:]
 
-# %% ../nbs/12_wgan_gp.ipynb #2505bb93
+# %% ../nbs/12_wgan_gp.ipynb #95180574
 @torch.no_grad()
 def critic_gradients(
     critic:Critic, # Its parameters' `grad` is set
@@ -164,7 +164,7 @@ def critic_gradients(
         h, d = h[2*n:], d[2*n:]
         conv.weight.grad, _ = by_weights(d, t, conv)
         t = nn.functional.conv2d(t, conv.weight, None, 2, 2)
-        curved.append((t*d).masked_fill_(h>0, 0))
+        curved.append(torch.le(h, 0, out=torch.empty_like(h)).mul_(t).mul_(d))
         t = times_slope(t, h, mask[2*n:], drop.p)
     last.weight.grad = top[None, :2*n]@hs[-1][:2*n].flatten(1)+t.flatten(1).sum(0, keepdim=True)
     last.bias.grad = torch.zeros_like(last.bias)                    # a constant added to all scores changes nothing
