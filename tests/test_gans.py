@@ -42,6 +42,14 @@ def test_counts_with_biases_that_batch_normalisation_would_undo():
     assert [count(m) for m in nets]==[35_123_425, 10_890_241, 1_516_477, 137_679, 135_630]
     assert [count(m)+spared(m) for m in nets]==[35_254_977, 10_890_241, 1_520_825, 137_931, 135_882]
 
+def test_the_other_reading_of_table_5_has_other_counts():
+    "Its five convolutions as printed need a stride of 4 to come from side 32 to side 8; ours has the sixth in between (gans.md, section 1.2)"
+    maps_ = [1, 4, 8, 16, 64, 128]
+    for bias,total in ((False, 123_791), (True, 124_011)):
+        rows = [nn.Sequential(nn.Conv2d(a, b, 3, 4 if b==64 else 2, 1, bias=bias), nn.BatchNorm2d(b)) for a,b in zip(maps_, maps_[1:])]
+        assert [tuple(s) for s in gan.row_shapes(nn.Sequential(*rows), torch.zeros(2, 1, 256, 256))]==[(4, 128, 128), (8, 64, 64), (16, 32, 32), (64, 8, 8), (128, 4, 4)]
+        assert sum(p.numel() for r in rows for p in r.parameters())+2048*(1+18)+1+18==total
+
 def test_last_row_does_not_double():
     for net,z in ((wgan_gp.Generator(32, 1/16), torch.randn(2, 256)), (ac_gan.Generator(32, 1/16), torch.randn(2, 274))):
         shapes = gan.row_shapes(net, z)
