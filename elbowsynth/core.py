@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['root', 'need', 'replacing', 'rounded', 'save_json', 'clock', 'TooLong', 'progress', 'spread', 'Stage',
-           'read_parameters', 'stages', 'typed', 'mistyped', 'profile_values', 'injected', 'lab_profile', 'show_images',
-           'digest', 'claim']
+           'read_parameters', 'stages', 'typed', 'mistyped', 'read_profile', 'profile_values', 'injected',
+           'lab_profile', 'show_images', 'digest', 'claim']
 
 # %% ../nbs/00_core.ipynb #f54fb1db
 import ast, glob, hashlib, json, os, sys, time
@@ -178,26 +178,32 @@ def mistyped(
     except (ValueError, TypeError): return [f'{name} is {value!r}, while it wants {type(default).__name__}, as in {default!r}']
     return []
 
-# %% ../nbs/00_core.ipynb #cfe0091c
+# %% ../nbs/00_core.ipynb #595b3c65
+def read_profile(
+    profile:str, # Name of a file in `params`
+    folder:Path=None, # Where profiles lie; `params` of the checkout if None
+)->dict: # What it says of stages, of `all`, and in `targets`, if it stops at some stages
+    "A profile as it stands in its file"
+    path = (folder or root()/'params')/f'{profile}.yaml'
+    if not path.is_file(): raise FileNotFoundError(
+        f'no profile {profile!r}: {path.parent.name} holds {", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))}')
+    return yaml.safe_load(path.read_text()) or {}
+
+# %% ../nbs/00_core.ipynb #e5610f26
 def profile_values(
     profile:str, # Name of a file in `params`
     known:list[Stage], # The stages there are
     folder:Path=None, # Where profiles lie; `params` of the checkout if None
 )->dict[str,dict]: # Stage to what the profile sets in it
     "Read a profile, refusing all its unknown stages and parameters at once"
-    folder = folder or root()/'params'
-    path = folder/f'{profile}.yaml'
-    if not path.is_file(): raise FileNotFoundError(
-        f'no profile {profile!r}: {folder.name} holds {", ".join(sorted(p.stem for p in folder.glob("*.yaml")))}')
-    said = yaml.safe_load(path.read_text()) or {}
-    names = {s.name: s.defaults for s in known}
-    bad = [f'no stage is called {k!r}' for k in said if k not in names and k!='all']
+    said, names = read_profile(profile, folder), {s.name: s.defaults for s in known}
+    bad = [f'no stage is called {k!r}' for k in [*said, *said.pop('targets', [])] if k not in names and k not in ('all', 'targets')]
     bad += [f'{k} has no parameter {p!r}' for k in said if k in names for p in said[k] or {} if p not in names[k]]
     common = said.get('all') or {}
     bad += [f'no stage has a parameter {p!r}' for p in common if not any(p in d for d in names.values())]
     given = {k: {p: v for p,v in (common | (said.get(k) or {})).items() if p in d} for k,d in names.items()}
     bad += [f for k in given for p,v in given[k].items() for f in mistyped(f'{k}.{p}', v, names[k][p])]
-    if bad: raise ValueError(f'{path.name}: ' + '; '.join(bad))
+    if bad: raise ValueError(f'{profile}.yaml: ' + '; '.join(bad))
     return {k: {p: typed(v, names[k][p]) for p,v in given[k].items()} for k in given}
 
 # %% ../nbs/00_core.ipynb #3cdb0d44

@@ -7,12 +7,12 @@ __all__ = ['Job', 'job_values', 'reads', 'wanted', 'syntax', 'imported', 'code_d
            'bar', 'say', 'follow', 'failure', 'run_stage', 'times', 'write_report', 'environment', 'hold', 'study',
            'finish', 'main']
 
-# %% ../nbs/90_run.ipynb #8249e793
+# %% ../nbs/90_run.ipynb #f8e53e0d
 import argparse, ast, fcntl, hashlib, html, importlib.metadata, json, logging, os, re, shutil, subprocess, sys, threading, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import yaml
-from .core import Stage, clock, mistyped, profile_values, replacing, root, save_json, stages, typed
+from .core import Stage, clock, mistyped, profile_values, read_profile, replacing, root, save_json, stages, typed
 
 # %% ../nbs/90_run.ipynb #6ad033c5
 @dataclass
@@ -105,13 +105,13 @@ def spelled(
     "Settings, one by one"
     return re.split(r'\s+(?=[\w.]+=)', text.strip()) if text.strip() else []
 
-# %% ../nbs/90_run.ipynb #3c2b4402
+# %% ../nbs/90_run.ipynb #ccdfb7ef
 def plan(
     profile:str='demo', # Name of a file in `params`
     data:str='', # A user's folder of films; made-up films if empty
     run:str='', # Name of the folder below `_runs`; made from profile and data if empty
     settings:list[str]=(), # `name=value` or `stage.name=value`
-    targets:list[str]=(), # Stages to reach; those that nobody reads if empty
+    targets:list[str]=(), # Stages to reach; those that the profile names if empty, and if it names none, those that read and are not read
 )->tuple[str,list[Job]]: # The run's folder, relative to the checkout, and its jobs in order
     "What a study has to do, from the notebooks, a profile and what the user said"
     top, data = root(), str(Path(data).expanduser()) if data else ''
@@ -122,7 +122,7 @@ def plan(
     if not (top/folder).resolve().is_relative_to((top/'_runs').resolve()): raise ValueError(f'RUN={run}: the name of a folder below _runs, without ".."')
     for v in values.values(): v |= {'run': folder} | ({'data': str(Path(data).resolve())} if data and 'data' in v else {})
     graph = reads(values)
-    need = wanted(graph, list(targets))
+    need = wanted(graph, list(targets) or read_profile(profile).get('targets', []))
     return folder, [Job(s.name, str(s.path.relative_to(top)), values[s.name], values[s.name]['out'], graph[s.name], code_digest(s.path, top/'elbowsynth'))
                     for s in known if s.name in need]
 
