@@ -113,8 +113,13 @@ def test_each_module_has_its_notebook():
 IMPORTS = {'core': '', 'data': 'core', 'anatomy': 'data', 'phantom': 'core data anatomy', 'preprocess': 'core data', 'masks': 'core data preprocess',
            'importers': 'core data masks', 'split': 'core data',
            'training': 'core data', 'gan': 'core data training', 'wgan_gp': 'core data training gan', 'ac_gan': 'core data training gan',
-           'tac_gan': 'core data training gan ac_gan', 'inpaint': 'core data training', 'sdxl': 'core data training inpaint', 'flux': 'core data training inpaint',
-           'search': 'core data training gan ac_gan tac_gan metrics', 'metrics': 'core data', 'figures': 'core data', 'run': 'core', 'site': 'core'}
+           'tac_gan': 'core data training gan ac_gan', 'search': 'core data training gan ac_gan tac_gan metrics',
+           'adafactor': 'core', 'latents': 'core data masks training', 'inpaint': 'core data masks training adafactor latents', 'sdxl': 'core training adafactor latents inpaint',
+           'flux': 'core training adafactor latents inpaint', 'sizes': 'core inpaint sdxl flux', 'bases': 'core data phantom preprocess training latents inpaint sdxl flux',
+           'extractors': 'core', 'floors': '', 'metrics': 'core data extractors floors', 'stats': '', 'conventions': 'core metrics stats', 'sensitivity': 'core metrics stats',
+           'figures': 'core data', 'tables': 'core data ac_gan tac_gan wgan_gp figures inpaint', 'claims': 'figures tables',
+           'teach': 'core data flux latents metrics phantom preprocess sdxl stats training', 'ablation': 'core sdxl stats teach',
+           'run': 'core', 'site': 'core claims tables'}
 
 def test_imports_go_one_way():
     for p in LIBRARY:
