@@ -7,6 +7,7 @@ ALL :=
 FROM :=
 TO :=
 WITH :=
+BENCH := gans metrics stats diffusion phantom preprocess
 IN := .venv/bin/
 STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)'
 
@@ -34,8 +35,8 @@ import: install ## Turn DATA=FOLDER of FROM=dicom|mura|fracatlas|yolo|folder|png
 test: install ## Run the tests; ALL=1 runs those that take minutes, too
 	@ELBOWSYNTH_ALL="$(ALL)" $(IN)python -m pytest tests
 
-bench: install ## Time the GANs against the plain loop on this machine, minutes to an hour; the table goes to bench/results
-	@$(IN)python bench/gans.py
+bench: install ## Time what claims to be fast, beside what it is to be faster than, an hour or so; the tables go to bench/results (BENCH="gans metrics")
+	@for b in $(BENCH); do $(IN)python bench/$$b.py || exit; done
 
 lab: install ## Open the notebooks in JupyterLab, with the parameters of PROFILE
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 $(IN)jupyter lab nbs --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly

@@ -1,20 +1,19 @@
-"""The three GANs, the plain eager loop against ours, on this machine: `make bench`, or `python bench/gans.py [--quick]`. Writes `bench/results/gans-DEVICE.json` and `.md`.
+"""The three GANs, the plain eager loop against ours, on this machine: `python bench/gans.py [--quick]`.
 
 Plain is what one would write first: autograd for the gradient penalty, doubling and convolution one after the other, the critic's or discriminator's weights
 not frozen while the generator learns, Adam as it comes; films lie in memory as floats. Both do the same updates in the same precision. Each loop runs in a process of its own, which
 says how much memory it took; the processes take turns, so that a busy machine disturbs both alike."""
-import argparse, contextlib, json, os, platform, re, resource, statistics, subprocess, sys, time
+import argparse, contextlib, json, resource, statistics, subprocess, sys, time
 from pathlib import Path
 import torch
 from torch import nn
 
-TOP = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TOP))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elbowsynth import ac_gan, tac_gan, wgan_gp
-from elbowsynth.core import rounded
 from elbowsynth.data import TABLE3
 from elbowsynth.gan import BLOCKS, UpConv, adam, block_cross_entropy, compiled, label_vectors, update, whole
 from elbowsynth.training import Guard, prepare, to_signed
+from results import digits, keep
 
 SIZES = [len(words) for words in BLOCKS.values()]
 PAPER = {'hours': 996, 'hours if 32 are those of the largest WGAN-GP': 320}
@@ -146,29 +145,23 @@ def main():
         for (way, k), r in found.items():
             rows.append({'model': model, 'way': way, 'models': k, 'ms': r['ms'], 'fastest_ms': min(r['all_ms']), 'slowest_ms': max(r['all_ms']), 'cpu_ms': r['cpu_ms'],
                          'images_per_second': 1e3*k*args.batch/r['ms'], 'peak_mib': r['peak_mib'], 'times_plain': found['plain', 1]['ms']*k/r['ms'],
-                         'times_plain_fastest': min(found['plain', 1]['all_ms'])*k/min(r['all_ms'])})
-            print({k: v for k,v in rounded(rows[-1], 3).items()}, flush=True)
-    name = torch.cuda.get_device_name() if cuda else next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), platform.processor())
-    about = {'device': name if cuda else f'{name}, {torch.get_num_threads()} threads', 'torch': torch.__version__, 'size': args.size, 'width': args.width, 'batch': args.batch,
-             'precision': 'TF32' if cuda else 'float32', 'repeats': args.repeats}
-    if cuda and len(args.models)==3: about['projected hours of the whole arm (28 WGAN-GPs, AC-GAN, TAC-GAN; 4000 epochs, meaning B)'] = projected(rows, args.batch, 4)
+                         'times_plain_fastest': min(found['plain', 1]['all_ms'])*k/min(r['all_ms']), 'times_plain_cpu': found['plain', 1]['cpu_ms']*k/r['cpu_ms']})
+            print(digits(rows[-1]), flush=True)
+    about = {'torch': torch.__version__, 'threads': torch.get_num_threads(), 'size': args.size, 'width': args.width, 'batch': args.batch,
+             'precision': 'TF32' if cuda else 'float32', 'repeats': args.repeats, 'paper': PAPER}
+    if cuda and len(args.models)==3: about['projected'] = projected(rows, args.batch, 4)
     if args.quick and not args.out: return
-    out = (args.out or TOP/'bench'/'results')/('gans-'+re.sub(r'\W+', '-', about['device']).strip('-').lower())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_name(out.name+'.json').write_text(json.dumps(rounded({'about': about, 'paper': PAPER, 'rows': rows}, 4), indent=1)+'\n')
-    out.with_name(out.name+'.md').write_text(table(rounded(about, 3), rounded(rows, 3)))
-    print(f'wrote {out}.md and .json')
+    shown = [{'model': r['model'], 'loop': r['way'], 'models at a time': r['models'], 'ms a step (fastest to slowest)': '{ms:g} ({fastest_ms:g} to {slowest_ms:g})'.format(**digits(r)),
+              'images a second': r['images_per_second'], 'peak memory, MiB': r['peak_mib'], 'times plain': r['times_plain'], 'times plain, fastest turns': r['times_plain_fastest'],
+              'times plain, processor time': r['times_plain_cpu']} for r in rows]
+    keep('gans', 'GANs', words(about), shown, about, rows, args.out)
 
-def table(about, rows):
-    "The measured figures, to be read"
-    text = f'# GANs on {about["device"]}\n\ntorch {about["torch"]}, {about["precision"]}, films of side {about["size"]}, width {about["width"]:g}, batches of {about["batch"]}. '
-    text += f'Medians of {about["repeats"]} turns, plain and ours by turns in one run (`make bench`). A step of the WGAN-GP is a minibatch in meaning B: five updates of the critic and one of the generator.\n\n'
-    text += '| model | loop | models at a time | ms a step (fastest to slowest) | images a second | peak memory, MiB | times plain | times plain, fastest turns |\n|---|---|---|---|---|---|---|---|\n'
-    for r in rows: text += f'| {r["model"]} | {r["way"]} | {r["models"]} | {r["ms"]:g} ({r["fastest_ms"]:g} to {r["slowest_ms"]:g}) | {r["images_per_second"]:g} | {r["peak_mib"]:g} | {r["times_plain"]:g} | {r["times_plain_fastest"]:g} |\n'
-    hours = next((v for k,v in about.items() if k.startswith('projected')), None)
-    if hours: text += ('\nWhole arm, projected from these steps (28 WGAN-GPs by the counts of Table 3, AC-GAN, TAC-GAN, 4000 epochs, meaning B): '+', '.join(f'{k} {v:g} h' for k,v in hours.items())+
-                       '. The paper: 996 GPU-hours as printed, on L40s; about 320 if its 32 hours are those of the largest WGAN-GP.\n')
-    else: text += '\nNothing here was measured on a GPU; `make bench` on a machine with one adds its table, with CUDA graphs, several WGAN-GPs at a time, and the hours of the whole arm.\n'
-    return text
+def words(about):
+    "How it was measured, and what it comes to"
+    text = (f'torch {about["torch"]}, {about["precision"]}, films of side {about["size"]}, width {about["width"]:g}, batches of {about["batch"]}. '
+            f'Medians of {about["repeats"]} turns, plain and ours by turns in one run. A step of the WGAN-GP is a minibatch in meaning B: five updates of the critic and one of the generator. ')
+    if 'projected' in about: return text+('Whole arm, projected from these steps (28 WGAN-GPs by the counts of Table 3, AC-GAN, TAC-GAN, 4000 epochs, meaning B): '
+        +', '.join(f'{k} {v:.3g} h' for k,v in about['projected'].items())+'. The paper: 996 GPU-hours as printed, on L40s; about 320 if its 32 hours are those of the largest WGAN-GP.')
+    return text+'Nothing here was measured on a GPU: CUDA graphs, several WGAN-GPs at a time and the hours of the whole arm are unmeasured.'
 
 if __name__=='__main__': main()

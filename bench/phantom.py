@@ -7,6 +7,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2, numpy as np
+from results import keep
 from elbowsynth.anatomy import BONES, Ellipsoid, injured, new_arm, posed
 from elbowsynth.data import PATHOLOGIES, VIEWS
 from elbowsynth.phantom import bone_shadow, phantom, placed, write_films
@@ -43,9 +44,10 @@ def voxel_sum(pieces, beam, step, reach=60):
 cv2.setNumThreads(1)
 asked = [(v, [p], 'L', age, i) for i, (p, v, age) in enumerate((p, v, age) for p in PATHOLOGIES for v in VIEWS for age in (6, 30))]
 phantom('AP', ['normal'])
+rows = []
 for size, some in ((256, asked), (1024, asked[::3])):
     times = np.array([seconds(lambda: phantom(*a, size=size)) for a in some])*1000
-    print(f'phantom {size} x {size}: median {np.median(times):.1f} ms, slowest of {len(some)} {times.max():.0f} ms (processor time of one thread)')
+    rows.append({'what': f'a film of {size} x {size}, median of {len(some)}', 'ms': np.median(times).item()})
 
 size, camera = 128, placed('AP', 1, np.random.default_rng(0))
 pieces, beam = posed(injured(new_arm(0), ['olecranon fracture'], 0), camera.flexion), camera.beam(size)
@@ -53,11 +55,12 @@ lengths = {}
 ours = np.median([seconds(lambda: lengths.update(ours=bone_shadow(pieces, beam)[2])) for _ in range(9)])
 voxels = seconds(lambda: lengths.update(voxels=voxel_sum(pieces, beam, camera.width/size)))
 off = np.abs(lengths['ours']-lengths['voxels'])[lengths['ours']>0].mean()
-print(f'bones alone at {size}: closed form {ours*1000:.1f} ms, a grid of voxels {voxels*1000:.0f} ms, {voxels/ours:.0f} times as long; they differ by {off:.2f} mm '
-      f'of {lengths["ours"][lengths["ours"]>0].mean():.1f} on the average, a voxel being {camera.width/size:.2f} mm')
+rows += [{'what': f'bones alone, {size} x {size}', 'ms': 1000*ours.item()},
+         {'what': f'the same on a grid of voxels ({off:.2f} mm apart of {lengths["ours"][lengths["ours"]>0].mean():.1f} on the average, a voxel being {camera.width/size:.2f} mm)',
+          'ms': 1000*voxels, 'times ours': float(voxels/ours)}]
 
 with tempfile.TemporaryDirectory() as folder:
     start, busy = time.perf_counter(), time.process_time()
     write_films(folder, 200, 256)
-    print(f'a folder of 400 films of 256 x 256: {time.perf_counter()-start:.1f} s by the clock on {len(os.sched_getaffinity(0))} cores, '
-          f'{time.process_time()-busy:.1f} s of processor time')
+    rows.append({'what': 'a folder of 400 films of 256 x 256 with masks, label maps and truth, all cores, by the clock', 'ms': 1000*(time.perf_counter()-start)})
+keep('phantom', 'Made-up films', 'Processor time of one thread, but for the folder. `python bench/phantom.py`.', rows)

@@ -1,4 +1,4 @@
-"""How fast the stage `preprocess` is, what memory it takes, and how often it is right. Prints one JSON object.
+"""How fast the stage `preprocess` is, what memory it takes, and how often it is right.
 
     python bench/preprocess.py             films a second on one core and on two, memory for N and 4N films, peer beside it
     python bench/preprocess.py --right 500 films with every nuisance: errors of polarity and crop, writing found, letters kept; --sheet FILE for their pictures
@@ -12,6 +12,7 @@ from elbowsynth.core import spread
 from elbowsynth.data import PATHOLOGIES, read_image, write_png
 from elbowsynth.phantom import NUISANCES, phantom
 from elbowsynth.preprocess import grey_of, preprocess, remove_overlay, wrong_edges
+from results import keep
 cv2.setNumThreads(1)
 
 def folder_of(where, n, deep=False):
@@ -103,4 +104,6 @@ if __name__=='__main__':
     a.add_argument('--seed', type=int, default=10_000)
     a.add_argument('--sheet', default='')
     o = a.parse_args()
-    print(json.dumps(right(o.right, o.size, o.sheet, o.seed) if o.right else speed(o.films), indent=1))
+    if o.right: print(json.dumps(right(o.right, o.size, o.sheet, o.seed), indent=1))
+    else: keep('preprocess', 'Preprocessing', 'Films of 1536 x 1920, from file to file; the peer does the same steps with Pillow and scikit-image. `python bench/preprocess.py`.',
+               [{'what': k.replace('_', ' '), 'value': v} for k,v in speed(o.films).items()])
