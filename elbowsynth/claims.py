@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hurdles', 'verdict', 'share_of_rises', 'boost_change', 'wobble', 'Evidence', 'in_order', 'told', 'gan_claims',
-           'diffusion_claims', 'arm_claims', 'claims']
+           'diffusion_claims', 'arm_claims', 'claims', 'claims_text']
 
 # %% ../nbs/37_claims.ipynb #1e78e955
 import json
@@ -169,3 +169,13 @@ def claims(
     "All claims, revisited"
     run = Evidence(results)
     return pd.DataFrame(gan_claims(run)+diffusion_claims(run)+arm_claims(run))
+
+# %% ../nbs/37_claims.ipynb #e18d42a3
+def claims_text(
+    table:pd.DataFrame, # As `claims` gives it
+)->dict[str,str]: # `claims.short` and `claims.full`, for a page
+    "The claims as a short table and as sections that can be read on a phone"
+    parts = [f'### {o["Claim"]}\n\n**In the paper:** {o["Paper"]}.\n\n**What would decide it:** {o["What would decide it"]}.\n\n**This run:** {o["This run"]}.\n\n**Verdict:** {o["Verdict"]}.'
+             for o in table.to_dict('records')]
+    short = table.assign(Verdict=table.Verdict.str.replace(r';.*\)$|; .*', ')', regex=True))[['Claim', 'Verdict']]
+    return {'claims.short': as_markdown(short), 'claims.full': '\n\n'.join(parts)}

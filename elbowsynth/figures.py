@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'METRICS', 'NAMES', 'PAPER', 'save_figure', 'film_figure', 'samples_of', 'choose_pair', 'mark_best',
-           'mmd_panel', 'learning_curves', 'sample_row', 'grid_pairs', 'sample_grid', 'table1', 'choice_table',
-           'training_seed', 'seed_table', 'ranking', 'ranking_sentences', 'stage_values', 'films_sentence',
-           'changed_values', 'run_sentences', 'model_sentences', 'model_figures', 'honest_sentences', 'open_run',
-           'normal_pairs', 'rejects_of']
+           'mmd_panel', 'learning_curves', 'sample_row', 'grid_pairs', 'sample_grid', 'table1', 'both_figure',
+           'last_figure', 'paper_noise', 'score_panel', 'table1_figure', 'choice_table', 'training_seed', 'seed_table',
+           'ranking', 'ranking_sentences', 'stage_values', 'films_sentence', 'changed_values', 'run_sentences',
+           'model_sentences', 'model_figures', 'honest_sentences', 'open_run', 'normal_pairs', 'rejects_of']
 
 # %% ../nbs/35_figures.ipynb #c21a7b95
 import glob, json, textwrap
@@ -202,6 +202,90 @@ def table1(
              *(f(v) for f,v in zip((lambda v: show(v, o.metric), factor), PAPER.get(o.metric, {}).get(o.model, (np.nan, np.nan)))))
             for o in best[best.block==block].itertuples()]
     return pd.DataFrame(rows, columns=['Metric', 'Model', 'Best score', 'Noise improvement', 'Epoch', 'Pairs', 'Noise', 'Paper: score', 'Paper: improvement'])
+
+# %% ../nbs/35_figures.ipynb #45b851b5
+def both_figure(
+    summary:pd.DataFrame, # Checkpoints: model, kind, epoch and scores
+    models:list[str], # Two models
+    noise:dict, # The scores of noise
+):
+    "Curves of two models in one row: similarities, then MMD² (Figure 3)"
+    colors = sns.color_palette('colorblind')
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 2*len(models), figsize=(2.6*2*len(models), 2.6), layout='constrained')
+        for (left,right),model in zip(axes.reshape(-1, 2), models):
+            t = summary[(summary.model==model)&(summary.kind=='samples')].sort_values('epoch')
+            for metric,color,mark in ('ssim', colors[0], 'o-'), ('ms_ssim', colors[1], '^-'):
+                left.plot(t.epoch, t[metric], mark, color=color, label=METRICS[metric])
+                left.axhline(noise[metric], ls='--', color=color, lw=1.2)
+            mmd_panel(right, t.epoch, t.mmd2, noise['mmd2'], colors[2])
+            left.set(xlabel='epoch', title=f'{NAMES.get(model, model)}: similarity'); right.set(xlabel='epoch', title=f'{NAMES.get(model, model)}: MMD²')
+            for ax in (left, right): ax.legend(fontsize=7)
+        low, high = zip(*(ax.get_ylim() for ax in axes[::2]))
+        for ax in axes[::2]: ax.set_ylim(min(low), max(high))       # the same scale, or the eye compares wrongly
+    return fig
+
+# %% ../nbs/35_figures.ipynb #59fce77e
+def last_figure(
+    run:Path, # Folder of the run
+    models:list[str], # Models to show
+    pair:pd.Series, # A test pair
+    epochs:dict[str,int], # Model to the last epoch at its normal rate
+    images:str='images', # Folder of the films
+    side:int=512, # Pixels of a film's side
+):
+    "The real film and what each model drew for it at its last checkpoint before the boosted rate (Figure 9)"
+    shown, titles = [(Path(run)/images, pair.image)], ['real film']
+    for m in models:
+        drawn = {e: p for e,p in samples_of(run, m, pair.pair).items() if e<=epochs.get(m, max(samples_of(run, m, pair.pair), default=0))}
+        if drawn: shown.append((drawn[max(drawn)].parent, pair.pair)); titles.append(f'{NAMES.get(m, m)}, epoch {max(drawn)}')
+    return film_figure([load_images(at, [name], side)[0] for at,name in shown], titles, size=2.4)
+
+# %% ../nbs/35_figures.ipynb #9ef98b90
+def paper_noise(
+    metric:str, # A key of `PAPER`
+    model:str, # A model
+)->float: # The score divided by its factor, or multiplied by it
+    "The noise that Table 1 implies"
+    v, f = PAPER[metric][model]
+    return v*f if metric.startswith('mmd') else v/f
+
+def score_panel(
+    ax, # Where to draw
+    rows:list[tuple], # Model, score, score of noise
+    log:bool, # Whether small scores are good, and the axis is logarithmic
+):
+    "Scores of the models as dots, noise as a tick, a thin line between"
+    colors, marks = sns.color_palette('colorblind'), dict(zip(NAMES, 'osD^v'))
+    if log: ax.set_xscale('log')
+    for i,(m,v,noise) in enumerate(rows):
+        if log and not v>0:
+            ax.text(.02, i, 'zero or below', transform=ax.get_yaxis_transform(), va='center', fontsize=7)
+            continue
+        ax.plot([noise, v], [i, i], color='.75', lw=1, zorder=1)
+        ax.plot(noise, i, '|', color='.45', ms=9, mew=1.6)
+        ax.plot(v, i, marks.get(m, 'o'), color=colors[list(NAMES).index(m)] if m in NAMES else '.2', ms=6)
+    ax.set_yticks(range(len(rows)), [NAMES.get(m, m) for m,*_ in rows])
+    ax.set_ylim(len(rows)-.4, -.6)
+    ax.grid(axis='y', visible=False)
+
+# %% ../nbs/35_figures.ipynb #22411084
+def table1_figure(
+    best:pd.DataFrame, # As in `best.csv`
+):
+    "Table 1 as a figure: a row for each metric, this run left, the paper right, each on an axis of its own"
+    show = {'ssim': 'SSIM', 'ms_ssim': 'MS-SSIM', 'mmd2_paper_A': 'MMD² (paper_A)'}
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(3, 4, figsize=(9.6, 5), layout='constrained', width_ratios=[1, 1, 1, 1])
+        for row,(metric,name) in zip(axes, show.items()):
+            for k,block in enumerate(('whole film', 'inpainting')):
+                t = best[(best.metric==metric)&(best.block==block)].sort_values('model', key=lambda s: s.map(list(NAMES).index) if s.isin(NAMES).all() else s)
+                theirs = [m for m in PAPER[metric] if (m in ('sdxl', 'flux'))==(block=='inpainting')]
+                score_panel(row[k], [(o.model, o.best, o.noise) for o in t.itertuples()], metric.startswith('mmd'))
+                score_panel(row[2+k], [(m, PAPER[metric][m][0], paper_noise(metric, m)) for m in theirs], metric.startswith('mmd'))
+                for ax,who in (row[k], 'this run'), (row[2+k], 'the paper'): ax.set_title(f'{who}: {name}, {"masks" if k else "whole films"}', fontsize=8)
+                for ax in (row[2], row[3]): ax.set_facecolor('#f6f3ea')
+    return fig
 
 # %% ../nbs/35_figures.ipynb #c4b2ab74
 def choice_table(

@@ -9,15 +9,15 @@ __all__ = ['CDN', 'UNRENDERED', 'local_links', 'live_links', 'first_sentence', '
            'process', 'finish', 'polish', 'stand_alone', 'Reader', 'page_faults', 'check_site', 'render', 'readme',
            'main']
 
-# %% ../nbs/91_site.ipynb #63a411ac
+# %% ../nbs/91_site.ipynb #69d829cc
 import argparse, ast, html, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 import yaml
-from .claims import claims
+from .claims import claims, claims_text
 from .core import replacing, root
-from .tables import as_markdown, collect, run_tables, run_values
+from .tables import collect, run_tables, run_values
 
 # %% ../nbs/91_site.ipynb #5c945aaa
 def local_links(
@@ -216,12 +216,12 @@ def without_missing(
     kept = [without_missing(o, there) for o in config if not (isinstance(o, str) and o.startswith('nbs/') and '*' not in o and o not in there)]
     return [o for o in kept if not (isinstance(o, dict) and 'section' in o and not o.get('contents'))]
 
-# %% ../nbs/91_site.ipynb #2ab881b0
+# %% ../nbs/91_site.ipynb #7386a47d
 def results_by_name(
     results:Path, # What `collect` wrote
 )->dict[str,str]: # Name to value or table
     "Everything that a page can name"
-    return run_values(results) | run_tables(results) | {'claims': as_markdown(claims(results))}
+    return run_values(results) | run_tables(results) | claims_text(claims(results))
 
 # %% ../nbs/91_site.ipynb #9891139a
 def written_pages(
@@ -237,7 +237,7 @@ def written_pages(
     if faults: raise ValueError('\n'.join(faults))
     return prose | {'differs.qmd': differs_page(notebooks), 'reference.qmd': reference_page(notebooks), 'references.qmd': bibliography_page(refs)}
 
-# %% ../nbs/91_site.ipynb #4534f884
+# %% ../nbs/91_site.ipynb #05af1807
 def process(
     out:Path, # Folder to fill; what it held is removed
     run:Path=None, # Run to show; the committed one if none
@@ -253,7 +253,7 @@ def process(
     if run: collect(run, out/'nbs'/'results')
     else: shutil.copytree(top/'nbs'/'results'/'demo', out/'nbs'/'results')
     refs = read_bib((top/'nbs'/'references.bib').read_text(encoding='utf-8'))
-    for n in ('references.bib', 'site.css'): shutil.copy2(top/'nbs'/n, out/'nbs'/n)
+    for n in ('references.bib', 'site.css', 'favicon.svg'): shutil.copy2(top/'nbs'/n, out/'nbs'/n)
     raw = {p.name: json.loads(p.read_text(encoding='utf-8')) for p in paths}
     values = results_by_name(out/'nbs'/'results')
     prose = written_pages(raw, refs, values)
@@ -287,7 +287,7 @@ def finish(
     for c,text in zip(told, texts if quarto else resolve(texts, refs, found)): c.source = text
     return nb
 
-# %% ../nbs/91_site.ipynb #37caffc0
+# %% ../nbs/91_site.ipynb #9eb5179f
 CDN = re.compile(r'https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/')
 
 def polish(
@@ -296,7 +296,7 @@ def polish(
 )->str:
     "Make a page of smalldocs stand alone and be read by keyboard and screen reader"
     page = CDN.sub('../'*depth+'site_libs/katex/', page)
-    page = re.sub(r'<(pre|div class="sd-table"|div class="cell-output cell-output-display")(?=[ >])', r'<\1 tabindex="0"', page)
+    page = re.sub(r'<(pre|span class="math display"|div class="sd-table"|div class="cell-output cell-output-display")(?=[ >])', r'<\1 tabindex="0"', page)
     page = re.sub(r'(<a\b[^>]*?) role="navigation"', r'\1 role="button"', page)
     return page.replace('class="nav-link" href="" title=', 'class="nav-link" href="#" title=')
 
@@ -305,6 +305,7 @@ def stand_alone(
 )->int: # How many pages use maths
     "Copy KaTeX into a site and polish its pages"
     shutil.copytree(root()/'workflow'/'katex', site/'site_libs'/'katex', dirs_exist_ok=True)
+    for p in site.rglob('*.css'): p.write_text(re.sub(r'@import url\(["\']?(?:https?:)?//[^)]*\);?', '', p.read_text(encoding='utf-8')), encoding='utf-8')  # the themes' fonts
     n = 0
     for p in sorted(site.rglob('*.html')):
         before = p.read_text(encoding='utf-8')
@@ -334,7 +335,7 @@ class Reader(HTMLParser):
         if self.inside: self.code[-1] += data
         else: self.text.append(data)
 
-# %% ../nbs/91_site.ipynb #1f809834
+# %% ../nbs/91_site.ipynb #ff50f5a9
 UNRENDERED = {r':::': ':::', r'\$[^\s$][^$\n]*\$': '$', r'(?<![\w.])@(fig|tbl|eq|sec)-[\w-]+': '@', r'\[@[\w-]+': '[@', r'\{\{': '{{', r'\{#[\w-]+': '{#', r'\\begin\{': r'\begin{',
               r'^#\|': '#|', r'```': '```', r'\]\([\w./#-]+\)': '](', r'\?@': '?@', r'^\s*\*\*\w[^*]*\*\*\s*$': '**'}
 
@@ -366,7 +367,8 @@ def check_site(
     pages = sorted(p.resolve() for p in Path(site).rglob('*.html'))
     if not pages: return [f'no page in {site}']
     read = {p: Reader(p.read_text(encoding='utf-8')) for p in pages}
-    return [f'{p.relative_to(Path(site).resolve())}: {f}' for p in pages for f in page_faults(p, read)]
+    css = [f'{p.relative_to(site)}: needs {m[0]} from the web' for p in Path(site).rglob('*.css') for m in re.finditer(r'@import[^;]*//[^;]*|url\(["\']?(?:https?:)?//[^)]*\)', p.read_text(encoding='utf-8'))]
+    return css+[f'{p.relative_to(Path(site).resolve())}: {f}' for p in pages for f in page_faults(p, read)]
 
 # %% ../nbs/91_site.ipynb #9e698013
 def render(
