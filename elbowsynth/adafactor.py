@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['random_bits', 'rounded_by', 'stochastic_round', 'as_matrices', 'pieces', 'square_sums', 'direction', 'power', 'write',
            'Shard', 'shard_of', 'local', 'add_up', 'is_cut', 'whole_moment', 'own_moment', 'Job', 'job', 'factors',
-           'fused', 'can_fuse', 'take_step', 'Adafactor']
+           'fused', 'can_fuse', 'rates', 'take_step', 'Adafactor']
 
 # %% ../nbs/18_adafactor.ipynb #6013e4f5
 import functools, os, shutil, warnings
@@ -58,7 +58,7 @@ def pieces(
     if b==1: yield from ((slice(None), slice(i, i+max(1, most//n))) for i in range(0, m, max(1, most//n)))
     else: yield from ((slice(i, i+max(1, most//(m*n))), slice(None)) for i in range(0, b, max(1, most//(m*n))))
 
-# %% ../nbs/18_adafactor.ipynb #65f5a7f1
+# %% ../nbs/18_adafactor.ipynb #646385c4
 def square_sums(
     g:torch.Tensor, # (b, m, n)
     wide:torch.dtype, # To compute in
@@ -91,13 +91,13 @@ def write(
     g:torch.Tensor, # (b, m, n)
     rows:torch.Tensor, # (b, m), times the step's size
     cols:torch.Tensor, # (b, n)
-    shrink:float, # What weight decay leaves of a weight
+    shrink, # What weight decay leaves of a weight
     first:int, # Place of the first number in its parameter
     key:int|None, # For bfloat16 that is rounded at random
 ):
     "The third reading: the new weights"
     u = direction(g, rows, cols)
-    if p.dtype==rows.dtype: (p if shrink==1 else p.mul_(shrink)).sub_(u)
+    if p.dtype==rows.dtype: (p.mul_(shrink) if isinstance(shrink, torch.Tensor) or shrink!=1 else p).sub_(u)
     else:
         new = p.to(rows.dtype)*shrink-u
         p.copy_(new if key is None else rounded_by(new, random_bits(new.shape, key, first, p.device)))
@@ -220,7 +220,7 @@ def factors(
     pairs = [(next(at) if j.whole.ndim>1 else None, next(at)) for j in jobs]
     return [((row/col.mean(-1, keepdim=True)).rsqrt() if row is not None else col.new_ones(1, 1), col.rsqrt()) for row,col in pairs]
 
-# %% ../nbs/18_adafactor.ipynb #183ae441
+# %% ../nbs/18_adafactor.ipynb #bc2c633c
 @functools.cache
 def fused(
     f, # `square_sums`, `power` or `write`
@@ -234,6 +234,15 @@ def can_fuse()->bool: # Whether `fused` can work for a GPU
     found = any(shutil.which(c) for c in (os.environ.get('CC', 'cc'), 'gcc', 'clang'))
     if not found: warnings.warn('no C compiler (cc, gcc, clang) on the PATH: Adafactor runs unfused on this GPU, several times slower')
     return found
+
+def rates(
+    jobs:list[Job], # Parameters of a step
+)->list: # A number for each, or a tensor of one
+    "Learning rates: as given, or (`relative_step`, `scale_parameter`) by the number of steps and the root mean square of the weights"
+    given = [g['lr'] if not g['relative_step'] else min(1e-6*t if g['warmup_init'] else 1e-2, t**-.5) for g,t in ((j.group, j.state['step']) for j in jobs)]
+    scaled = {i: torch.linalg.vector_norm(j.p, dtype=j.wide)**2 for i,j in enumerate(jobs) if j.group['scale_parameter']}
+    add_up([(s, jobs[i].shard.group()) for i,s in scaled.items()])
+    return [lr*(scaled[i]/jobs[i].whole.numel()).sqrt().clamp(min=1e-3) if i in scaled else lr for i,lr in enumerate(given)]
 
 @torch.no_grad()
 def take_step(
@@ -252,30 +261,36 @@ def take_step(
     found = factors(jobs, sums)
     powers = [sum((power_of(j.g[a, b], row[a, b], col[a]) for a,b in cut), j.g.new_zeros((), dtype=j.wide)) for j,cut,(row,col) in zip(jobs, cuts, found)]
     add_up([(s, j.shard.group()) for j,s in zip(jobs, powers)])
-    for j,cut,(row,col),s in zip(jobs, cuts, found, powers):
-        row *= j.group['lr']/((s/j.whole.numel()).sqrt()/j.group['clip_threshold']).clamp(min=1)
+    for j,cut,(row,col),s,lr in zip(jobs, cuts, found, powers, rates(jobs)):
+        row *= lr/((s/j.whole.numel()).sqrt()/j.group['clip_threshold']).clamp(min=1)
         for a,b in cut:
             first = j.shard.first*(j.whole.numel()//j.shard.rows)+(a.start or 0)*j.g.shape[1:].numel()+(b.start or 0)*j.g.shape[2]
-            put(j.p[a, b], j.g[a, b], row[a, b], col[a], 1-j.group['weight_decay']*j.group['lr'], first, j.key)
+            put(j.p[a, b], j.g[a, b], row[a, b], col[a], 1-j.group['weight_decay']*lr if j.group['weight_decay'] else 1, first, j.key)
         here = local(j.whole.detach())
         if not here.is_contiguous(): here.copy_(j.p.view(here.shape))
 
-# %% ../nbs/18_adafactor.ipynb #e5515e2e
+# %% ../nbs/18_adafactor.ipynb #6182c435
 class Adafactor(torch.optim.Optimizer):
     "Adafactor with a given learning rate; moments and arithmetic in float32 (float64 for such weights), whatever the weights are"
     def __init__(self,
         params, # Parameters, or groups of them with an `lr` of their own
-        lr:float, # Root mean square of the first step
+        lr:float|None, # Root mean square of the first step; None with `relative_step`
         eps:float=1e-30, # Added to squared gradients
         clip_threshold:float=1., # Largest root mean square of a step, in units of `lr`
         decay_rate:float=-.8, # The second moment's memory is 1-t**decay_rate (Table 7)
         weight_decay:float=0., # In units of `lr`
         stochastic_rounding:bool=False, # How bfloat16 weights are stored (Table 7: FLUX); otherwise the nearest
+        scale_parameter:bool=False, # Multiply the rate with the root mean square of the parameter (Table 7: off)
+        relative_step:bool=False, # Let the rate follow from the number of steps (Table 7: off)
+        warmup_init:bool=False, # Such a rate starts at a millionth (Table 7: off)
         seed:int=0, # Of the rounding
         fuse:bool=None, # Whether to compile: on a GPU if None
     ):
+        if relative_step==(lr is not None): raise ValueError(f'lr={lr} with relative_step={relative_step}: give a learning rate, or let it follow from the steps')
+        if warmup_init and not relative_step: raise ValueError('warmup_init has no effect on a given learning rate: switch relative_step on, or warm up by changing `lr`')
         super().__init__(params, dict(lr=lr, eps=eps, clip_threshold=clip_threshold, decay_rate=decay_rate, weight_decay=weight_decay,
-                                      stochastic_rounding=stochastic_rounding, seed=seed))
+                                      stochastic_rounding=stochastic_rounding,
+                                      scale_parameter=scale_parameter, relative_step=relative_step, warmup_init=warmup_init, seed=seed))
         self.fuse = fuse
     def numbered(self): # Parameter and its group
         return [(p, group) for group in self.param_groups for p in group['params']]
