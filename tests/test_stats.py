@@ -1,0 +1,303 @@
+"Intervals that cover, p-values that are uniform, and the opinions of scipy and scikit-learn"
+import itertools
+import numpy as np
+import pytest
+import torch
+from scipy import stats as sp
+from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
+from elbowsynth.metrics import mmd2
+from elbowsynth.stats import (cluster_bootstrap, cluster_mean, cluster_subsampling, cubic_kernel, equivalence_test, gaussian_kernel, holm, sums_across, mmd_jackknife,
+                              paired_test, paired_tests, permutation_test, set_trend, signed_rank, swap_test, trend)
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+def scores(c, rng, patient=.05, film=.03, pair=.02, skewed=False):
+    "Scores of mean .5, names of patients and films"
+    p = np.repeat(np.arange(c), rng.integers(1, 4, c))
+    f = np.repeat(np.arange(len(p)), rng.integers(1, 4, len(p)))
+    p = p[f]
+    own = 1-rng.exponential(size=c) if skewed else rng.normal(size=c)
+    return .5+patient*own[p]+film*rng.normal(size=f.max()+1)[f]+pair*rng.normal(size=len(f)), p, f
+
+def clouds(c, d, rng, delta=0., films=2, kin=.5, spread=1.):
+    "Vectors of unit variance, `kin` of it the patient's own"
+    at = np.repeat(np.arange(c), films)
+    z = spread*(np.sqrt(kin)*rng.normal(size=(c, d))[at]+np.sqrt(1-kin)*rng.normal(size=(len(at), d)))
+    z[:, 0] += delta
+    return z, at
+
+def true_mmd2(d, sigma, delta): return 2*(sigma**2/(sigma**2+2))**(d/2)*(1-np.exp(-delta**2/(2*(sigma**2+2))))
+
+def holds(o, truth): return o['low']<=truth<=o['high']
+
+def uniform(p, discrete=0.):
+    "p-values of a true null: no level is exceeded by more than chance, and the levels are used"
+    p = np.asarray(p)
+    for level in (.05, .1, .2, .5): assert abs((p<=level+1e-9).mean()-level)<4*np.sqrt(level*(1-level)/len(p))+discrete, (level, (p<=level).mean())
+    return True
+
+# --- means
+
+def test_bootstrap_of_whole_patients_covers():
+    "Each case within what 1200 repetitions can tell, all together between 93 and 97 %"
+    share = []
+    for c, skewed in ((25, False), (60, False), (150, False), (100, True)):
+        rng = np.random.default_rng(c)
+        share.append(np.mean([holds(cluster_bootstrap(*scores(c, rng, skewed=skewed)[:2], draws=500, seed=i), .5) for i in range(1200)]))
+    assert min(share)>.92 and max(share)<.98 and .93<=np.mean(share)<=.97, share
+
+def test_pairs_as_units_do_not_cover_and_all_levels_cover_too_much():
+    rng, pairs, deep = np.random.default_rng(0), [], []
+    for i in range(300):
+        v, p, f = scores(40, rng, patient=.02)
+        pairs.append(holds(cluster_bootstrap(v, draws=300, seed=i), .5))
+        deep.append(holds(cluster_bootstrap(v, p, f, deep=True, draws=300, seed=i), .5))
+    assert np.mean(pairs)<.85 and np.mean(deep)>.965
+
+def test_bootstrap_of_a_ratio_covers():
+    rng, hits = np.random.default_rng(1), []
+    for i in range(800):
+        v, p, _ = scores(60, rng)
+        o = cluster_bootstrap(np.c_[v, .25+.1*(v-.5)+.01*rng.normal(size=len(v))], p, statistic=lambda m: m[..., 0]/m[..., 1], draws=500, seed=i)
+        hits.append(holds(o, 2))
+    assert .93<=np.mean(hits)<=.97, np.mean(hits)
+
+def test_bootstrap_agrees_with_the_formula_and_with_scipy():
+    v, p, f = scores(200, np.random.default_rng(2))
+    assert np.isclose(cluster_bootstrap(v, p, draws=8000)['se'], cluster_mean(v, p)['se'], rtol=.03)
+    theirs = sp.bootstrap((v,), np.mean, n_resamples=4000, method='percentile', rng=np.random.default_rng(0)).confidence_interval
+    ours = cluster_bootstrap(v, draws=4000)
+    assert np.allclose([ours['low'], ours['high']], theirs, atol=.0008)
+    again = np.random.default_rng(3).permutation(len(v))
+    assert np.isclose(cluster_bootstrap(v[again], p[again], f[again], deep=True)['estimate'], v.mean())
+
+def test_deep_draws_follow_the_hierarchy():
+    "Variance of the deep bootstrap of balanced data, by the formula for nested draws"
+    rng = np.random.default_rng(4)
+    v = rng.normal(size=(30, 2, 3))+rng.normal(size=(30, 2, 1))+rng.normal(size=(30, 1, 1))
+    p, f = np.repeat(np.arange(30), 6), np.repeat(np.arange(60), 3)
+    by_hand = v.mean((1, 2)).var()/30 + v.mean(2).var(1).mean()/60 + v.var(2).mean()/180
+    assert np.isclose(cluster_bootstrap(v.ravel(), p, f, deep=True, draws=6000)['se']**2, by_hand, rtol=.06)
+
+def test_bad_input_is_named():
+    for call, text in ((lambda: cluster_bootstrap([.1, np.nan]), 'value 1 is not finite'), (lambda: cluster_bootstrap([]), 'n > 0'), (lambda: cluster_bootstrap([1., 2.], ['a', 'a']), '1 independent groups'),
+                       (lambda: cluster_bootstrap([1., 2.], [1., np.nan]), 'row 1 has no group'), (lambda: cluster_bootstrap([1., 2.], level=95), 'level is 95'),
+                       (lambda: mmd_jackknife(np.zeros((3, 2)), np.zeros((3, 3)), cubic_kernel), 'features want'), (lambda: swap_test(np.zeros((3, 2)), np.zeros((4, 2)), cubic_kernel), 'not pairs'),
+                       (lambda: trend([[1., 2., 3.]]*2, [0, 2, 1]), 'rising epochs'), (lambda: paired_test([1., np.inf], [0., 0.]), 'value 1 is not finite')):
+        with pytest.raises(ValueError, match=text): call()
+
+# --- distances between sets
+
+def test_estimates_equal_scikit_learn():
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(40, 6)), rng.normal(.3, 1, (30, 6))
+    for kernel, theirs in ((gaussian_kernel(2.), lambda a, b: rbf_kernel(a, b, gamma=1/8)), (cubic_kernel, lambda a, b: polynomial_kernel(a, b, degree=3, coef0=1))):
+        xx, yy, xy = theirs(x, x), theirs(y, y), theirs(x, y)
+        u = (xx.sum()-np.trace(xx))/(40*39)+(yy.sum()-np.trace(yy))/(30*29)-2*xy.mean()
+        assert np.isclose(mmd_jackknife(x, y, kernel)['estimate'], u, atol=1e-12)
+        assert np.isclose(permutation_test(x, y, kernel, draws=9)['mmd2'], u, atol=1e-12)
+    assert np.isclose(mmd_jackknife(x, y, gaussian_kernel(np.median(np.sqrt(((x[:, None]-x)**2).sum(-1))[np.triu_indices(40, 1)])))['estimate'], mmd2(x, y), atol=1e-10)
+
+def brute(x, y, gx, gy, k):
+    "MMD² over vectors of different patients, term by term"
+    def mean(a, b, ga, gb):
+        terms = [k(u, v) for (u, i), (v, j) in itertools.product(zip(a, ga), zip(b, gb)) if i!=j]
+        return sum(terms)/len(terms)
+    return mean(x, x, gx, gx)+mean(y, y, gy, gy)-2*mean(x, y, gx, gy)
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_jackknife_equals_leaving_out_by_hand(shared):
+    rng = np.random.default_rng(6)
+    x, y, gx = rng.normal(size=(9, 3)), rng.normal(.4, 1, (8, 3)), np.array(list('aabcccdde'))
+    gy = np.array(list('aabbcdee')) if shared else np.array(list('ttuuvwzz'))
+    k = lambda u, v: np.exp(-((u-v)**2).sum()/2)
+    o = mmd_jackknife(x, y, gaussian_kernel(1.), gx, gy, block=4)
+    assert np.isclose(o['estimate'], brute(x, y, gx, gy, k), atol=1e-12)
+    names = sorted({*gx, *gy})
+    left = np.array([brute(x[gx!=n], y[gy!=n], gx[gx!=n], gy[gy!=n], k) for n in names])
+    assert np.isclose(o['se'], np.sqrt((len(names)-1)/len(names)*((left-o['estimate'])**2).sum()), atol=1e-12)
+
+def test_small_distances_survive_single_precision():
+    "Unit vectors, bandwidth 10, values of 1e-6: the paper's likeliest convention"
+    rng = np.random.default_rng(7)
+    x, y = (np.abs(rng.normal(1, .3, (400, 256)))+o for o in (0, .01))
+    exact, single = (mmd_jackknife(x.astype(t), y.astype(t), gaussian_kernel(10., unit=True)) for t in (np.float64, np.float32))
+    assert abs(single['estimate']-exact['estimate'])<1e-9+.01*exact['se'] and np.isclose(single['se'], exact['se'], rtol=.01)
+
+@pytest.mark.parametrize('paired', [False, True])
+@pytest.mark.parametrize('delta', [.8, 1.5])
+def test_mmd_interval_covers(delta, paired):
+    rng, d, sigma, hits = np.random.default_rng(8), 16, 4., []
+    for _ in range(400):
+        x, gx = clouds(50, d, rng)
+        y, gy = clouds(50, d, rng, delta)
+        if paired: y = np.sqrt(.5)*(x+y*1.)-np.r_[np.sqrt(.5)*delta-delta, np.zeros(d-1)]         # half of each film is its real one; mean and variance as before
+        o = mmd_jackknife(x, y, gaussian_kernel(sigma), gx, gx if paired else [f'y{i}' for i in gy])
+        hits.append(holds(o, true_mmd2(d, sigma, delta)))
+    assert .925<=np.mean(hits)<=.985, np.mean(hits)
+
+def test_mmd_interval_is_wide_where_sets_are_the_same():
+    rng, hits = np.random.default_rng(9), []
+    for _ in range(300):
+        (x, gx), (y, gy) = clouds(50, 16, rng), clouds(50, 16, rng)
+        hits.append(holds(mmd_jackknife(x, y, gaussian_kernel(4.), gx, [f'y{i}' for i in gy]), 0))
+    assert np.mean(hits)>.96, np.mean(hits)
+
+def test_unnamed_patients_ruin_estimate_and_interval():
+    "Each film a second time in the table, as in a set of pairs with several pathologies"
+    rng, named, unnamed = np.random.default_rng(10), [], []
+    for _ in range(150):
+        (x, gx), (y, gy) = clouds(40, 16, rng, films=3, kin=.999), clouds(40, 16, rng, 1., films=3, kin=.999)
+        named.append(holds(mmd_jackknife(x, y, gaussian_kernel(4.), gx, [f'y{i}' for i in gy]), true_mmd2(16, 4., 1.)))
+        unnamed.append(holds(mmd_jackknife(x, y, gaussian_kernel(4.)), true_mmd2(16, 4., 1.)))
+    assert np.mean(named)>.92 and np.mean(unnamed)<.8, (np.mean(named), np.mean(unnamed))
+
+def test_kid_interval_covers():
+    "The cubic kernel's true value, from one very large sample"
+    rng, d = np.random.default_rng(11), 8
+    big = [clouds(6000, d, rng, o, films=1)[0] for o in (0., 1.)]
+    truth, hits = mmd_jackknife(*big, cubic_kernel)['estimate'], []
+    for _ in range(400):
+        (x, gx), (y, gy) = clouds(60, d, rng), clouds(60, d, rng, 1.)
+        hits.append(holds(mmd_jackknife(x, y, cubic_kernel, gx, [f'y{i}' for i in gy]), truth))
+    assert .92<=np.mean(hits)<=.98, np.mean(hits)
+
+def vendi_of(z):
+    lam = np.linalg.eigvalsh(rbf_kernel(z, gamma=1/32)/len(z))
+    return np.exp(-(lam*np.log(np.maximum(lam, 1e-15))).sum())
+
+def neighbours(x, y, k=5):
+    "Density and coverage (Naeem et al., 2020)"
+    d = lambda a, b: np.sqrt(np.maximum((a**2).sum(1)[:, None]+(b**2).sum(1)-2*a@b.T, 0))
+    ball, to = np.sort(d(x, x), 1)[:, k], d(x, y)
+    return np.array([(to<ball[:, None]).sum()/(k*len(y)), (to.min(1)<ball).mean()])
+
+def test_subsampling_covers_vendi_and_neighbours():
+    rng, v, n = np.random.default_rng(12), [], []
+    truth_v = np.mean([vendi_of(clouds(60, 8, rng)[0]) for _ in range(300)])
+    truth_n = np.mean([neighbours(clouds(60, 8, rng)[0], clouds(60, 8, rng, 1.)[0]) for _ in range(300)], 0)
+    for i in range(200):
+        (x, gx), (y, gy) = clouds(60, 8, rng), clouds(60, 8, rng, 1.)
+        v.append(holds(cluster_subsampling(vendi_of, x, gx=gx, draws=60, seed=i), truth_v))
+        o = cluster_subsampling(neighbours, x, y, gx, [f'y{j}' for j in gy], draws=60, seed=i)
+        n.append((o['low']<=truth_n)&(truth_n<=o['high']))
+    assert .87<=np.mean(v)<=.99 and ((.9<=np.mean(n, 0))&(np.mean(n, 0)<=.995)).all(), (np.mean(v), np.mean(n, 0))
+
+# --- tests of difference
+
+def test_permutation_p_is_uniform_and_powerful():
+    rng, null, power = np.random.default_rng(13), [], []
+    for i in range(400):
+        x, gx = clouds(15, 5, rng)
+        for out, delta in ((null, 0.), (power, 1.2)):
+            y, gy = clouds(15, 5, rng, delta)
+            out.append(permutation_test(x, y, gaussian_kernel(3.), gx, [f'y{j}' for j in gy], draws=99, seed=i)['p'])
+    assert uniform(null) and (np.array(power)<=.05).mean()>.6
+
+def test_permutation_of_films_instead_of_patients_is_too_bold():
+    rng = np.random.default_rng(14)
+    p = [permutation_test(clouds(12, 5, rng, films=4)[0], clouds(12, 5, rng, films=4)[0], gaussian_kernel(3.), draws=99, seed=i)['p'] for i in range(150)]
+    assert (np.array(p)<=.05).mean()>.15
+
+def test_swap_p_is_uniform_and_powerful():
+    rng, null, power = np.random.default_rng(15), [], []
+    for i in range(400):
+        shared, g = clouds(25, 5, rng)
+        x, y = (shared+.3*rng.normal(size=shared.shape) for _ in range(2))
+        null.append(swap_test(x, y, gaussian_kernel(3.), g, draws=99, seed=i)['p'])
+        power.append(swap_test(x, y+np.r_[.25, 0, 0, 0, 0], gaussian_kernel(3.), g, draws=99, seed=i)['p'])
+    assert uniform(null) and (np.array(power)<=.05).mean()>.6
+
+def test_permutation_equals_all_deals_by_hand():
+    rng = np.random.default_rng(16)
+    x, y = rng.normal(size=(4, 2)), rng.normal(.9, 1, (3, 2))
+    z, k = np.r_[x, y], lambda u, v: np.exp(-((u-v)**2).sum()/2)
+    far = lambda those: brute(z[list(those)], z[[i for i in range(7) if i not in those]], list(those), [i for i in range(7) if i not in those], k)
+    every = [far(o) for o in itertools.combinations(range(7), 4)]
+    o = permutation_test(x, y, gaussian_kernel(1.), draws=6000)
+    assert abs(o['p']-np.mean(np.array(every)>=every[0]-1e-12))<.02 and set(o['null'].round(9))<=set(np.round(every, 9))
+
+# --- paired tests, trends, equivalence
+
+def test_signed_ranks_equal_scipy():
+    rng = np.random.default_rng(17)
+    for n in (6, 13, 45):
+        d = rng.normal(.2, 1, n)
+        assert np.isclose(signed_rank(d)[1], sp.wilcoxon(d, method='exact').pvalue, rtol=1e-10)
+    d = rng.normal(.05, 1, 400).round(2)                                 # ties and zeros
+    assert np.isclose(signed_rank(d)[1], sp.wilcoxon(d, method='approx', correction=False).pvalue, rtol=1e-9)
+    n = np.sum(d!=0)
+    assert np.isclose(signed_rank(d)[0], 2*sp.wilcoxon(d, alternative='greater').statistic/(n*(n+1)/2)-1)
+    tied = np.array([1, 1, -1, 2, 2, 3, -3, 4.])
+    assert np.isclose(signed_rank(tied)[1], sp.wilcoxon(tied, method=sp.PermutationMethod(n_resamples=np.inf)).pvalue)
+
+@pytest.mark.parametrize('c', [12, 70])
+def test_signed_rank_p_is_uniform_with_patients_and_too_bold_without(c):
+    rng, p, bold = np.random.default_rng(18), [], []
+    for _ in range(1500):
+        d, g = clouds(c, 1, rng, films=3, kin=.8)
+        p.append(signed_rank(d[:, 0], g)[1])
+        bold.append(signed_rank(d[:, 0])[1])
+    assert uniform(p, .005) and (np.array(bold)<=.05).mean()>.12
+
+def test_holm_equals_its_definition_and_guards_the_family():
+    rng = np.random.default_rng(19)
+    for _ in range(50):
+        p = rng.random(7)**2
+        o = np.sort(p)
+        want = {v: min(1, max((7-j)*o[j] for j in range(i+1))) for i, v in enumerate(o)}
+        assert np.allclose(holm(p), [want[v] for v in p])
+    false = []
+    for i in range(150):
+        v, g, _ = scores(20, rng)
+        own = {(m, k): v+.02*rng.normal(size=len(v)) for m in 'abc' for k in ('ssim', 'ms_ssim')}
+        false.append((paired_tests(own, g, draws=10).p_holm<.05).any())
+    assert np.mean(false)<.05+3*np.sqrt(.05*.95/150)
+
+def test_paired_tests_use_the_pairs_that_both_have():
+    a = np.r_[np.arange(10.), np.nan]
+    table = paired_tests({('a', 'ssim'): a, ('b', 'ssim'): a[::-1], ('c', 'ssim'): a+1}, draws=20)
+    assert table.n.tolist()==[9, 10, 9] and table[['a', 'b']].to_numpy().tolist()==[['a', 'b'], ['a', 'c'], ['b', 'c']]
+    assert np.isclose(table.difference[1], -1) and table.higher[1]==0 and table.rank_biserial[1]==-1
+
+def test_trend_finds_what_is_there():
+    rng, epochs, p, hits = np.random.default_rng(20), np.arange(0, 201, 20), [], []
+    for i in range(800):
+        v, g, _ = scores(50, rng)
+        own = .0002*(1+.3*rng.normal(size=50))[g]                       # patients differ in how much they gain
+        o = trend(v[:, None]+own[:, None]*epochs+.03*rng.normal(size=(len(v), 11)), epochs, g, draws=400, seed=i)
+        hits.append(holds(o, .0002))
+        p.append(trend(v[:, None]+.03*rng.normal(size=(len(v), 11)), epochs, g, draws=5)['p'])
+    assert .92<=np.mean(hits)<=.98 and uniform(p), np.mean(hits)
+
+def test_trend_agrees_with_scipy():
+    v = np.random.default_rng(21).normal(size=(5, 7)).round(1)
+    o = trend(v, range(7), draws=5)
+    assert np.isclose(o['rank_correlation'], np.mean([sp.spearmanr(range(7), r).statistic for r in v]))
+    assert np.isclose(o['slope'], np.mean([sp.linregress(range(7), r).slope for r in v]))
+    assert trend([[1., 1, 1]]*3, range(3), draws=5)['rank_correlation']==0
+    assert np.isclose(set_trend([5., 3, 4, 1], range(4))['p'], sp.kendalltau(range(4), [5., 3, 4, 1]).pvalue)
+
+def test_equivalence_equals_two_t_tests_and_holds_its_level():
+    rng = np.random.default_rng(22)
+    d = rng.normal(.1, 1, 30)
+    low, high = sp.ttest_1samp(d, -.5, alternative='greater').pvalue, sp.ttest_1samp(d, .5, alternative='less').pvalue
+    assert np.isclose(equivalence_test(d, .5)['p'], max(low, high))
+    at_margin = []
+    for _ in range(1500):
+        v, g, _ = scores(40, rng)
+        at_margin.append(equivalence_test(v-.5+.03, .03, g)['equivalent'])
+    assert abs(np.mean(at_margin)-.05)<.025
+    o = equivalence_test(d, .5)
+    assert o['equivalent']==(-.5<o['low'] and o['high']<.5)
+
+def test_blocks_do_not_matter():
+    z = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    g, w = torch.arange(50)//3, torch.ones(50, 2, dtype=torch.float64)
+    whole = sums_across(z, g, w, gaussian_kernel(1.))
+    for block in (1, 7, 49): assert torch.allclose(sums_across(z, g, w, gaussian_kernel(1.), block), whole, atol=1e-12)
