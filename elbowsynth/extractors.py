@@ -146,12 +146,12 @@ def load_extractor(
     else: net, mean, std = densenet_from(weights) if name=='xrv' else resnet50_from(weights or 'IMAGENET1K_V2', name)
     return net.eval().to(device, memory_format=torch.channels_last), mean, std
 
-# %% ../nbs/28_extractors.ipynb #b4636299
+# %% ../nbs/28_extractors.ipynb #b9c5ef9a
 def features(
     images, # Films, (n, h, w) in [0, 1]
     extractor:str='resnet50', # As in `extractor_name`
     device:str='cpu', # Where to compute
-    batch:int=0, # Films at once; 0 for eight on a CPU and 16 elsewhere
+    batch:int=0, # Films at once; 0 for 16 on a GPU; on a CPU four, or one where the network is small
 )->np.ndarray: # (n, d), float32; d by `EXTRACTORS`
     "The vector that a pretrained network makes of each film"
     net,mean,std = load_extractor(extractor, device)
@@ -159,7 +159,7 @@ def features(
     def one(x):
         x = F.interpolate(x[:, None].to(device, torch.float32), size=(224, 224), mode='bilinear', antialias=True, align_corners=False)
         return net(((x-mean)/std).contiguous(memory_format=torch.channels_last)).float().cpu()
-    with torch.inference_mode(): return torch.cat([one(x) for x in as_films(images, 'images').split(batch or (8 if device=='cpu' else 16))]).numpy()
+    with torch.inference_mode(): return torch.cat([one(x) for x in as_films(images, 'images').split(batch or (16 if device!='cpu' else 1 if extractor=='efficientnet_lite0' else 4))]).numpy()
 
 # %% ../nbs/28_extractors.ipynb #557eadfa
 def kept_features(
