@@ -9,12 +9,12 @@ __all__ = ['STYLE', 'METRICS', 'NAMES', 'PAPER', 'save_figure', 'film_figure', '
            'ranking', 'ranking_sentences', 'stage_values', 'films_sentence', 'changed_values', 'run_sentences',
            'model_sentences', 'model_figures', 'honest_sentences', 'open_run', 'normal_pairs', 'rejects_of']
 
-# %% ../nbs/35_figures.ipynb #c21a7b95
+# %% ../nbs/35_figures.ipynb #91d0db8c
 import glob, json, textwrap
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, seaborn as sns
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from .core import need, replacing, root, stages
 from .data import load_images, read_pairs
 
@@ -203,7 +203,7 @@ def table1(
             for o in best[best.block==block].itertuples()]
     return pd.DataFrame(rows, columns=['Metric', 'Model', 'Best score', 'Noise improvement', 'Epoch', 'Pairs', 'Noise', 'Paper: score', 'Paper: improvement'])
 
-# %% ../nbs/35_figures.ipynb #45b851b5
+# %% ../nbs/35_figures.ipynb #6d587629
 def both_figure(
     summary:pd.DataFrame, # Checkpoints: model, kind, epoch and scores
     models:list[str], # Two models
@@ -220,9 +220,13 @@ def both_figure(
                 left.axhline(noise[metric], ls='--', color=color, lw=1.2)
             mmd_panel(right, t.epoch, t.mmd2, noise['mmd2'], colors[2])
             left.set(xlabel='epoch', title=f'{NAMES.get(model, model)}: similarity'); right.set(xlabel='epoch', title=f'{NAMES.get(model, model)}: MMD²')
-            for ax in (left, right): ax.legend(fontsize=7)
-        low, high = zip(*(ax.get_ylim() for ax in axes[::2]))
-        for ax in axes[::2]: ax.set_ylim(min(low), max(high))       # the same scale, or the eye compares wrongly
+            for ax in (left, right):
+                ax.legend(fontsize=7)
+                ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for kind in (axes[::2], axes[1::2]):                        # the same scale, or the eye compares wrongly
+            low, high = zip(*(ax.get_ylim() for ax in kind))
+            for ax in kind: ax.set_ylim(min(low), max(high))
+        for ax in axes[::2]: ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)
     return fig
 
 # %% ../nbs/35_figures.ipynb #59fce77e
@@ -241,7 +245,7 @@ def last_figure(
         if drawn: shown.append((drawn[max(drawn)].parent, pair.pair)); titles.append(f'{NAMES.get(m, m)}, epoch {max(drawn)}')
     return film_figure([load_images(at, [name], side)[0] for at,name in shown], titles, size=2.4)
 
-# %% ../nbs/35_figures.ipynb #9ef98b90
+# %% ../nbs/35_figures.ipynb #a93c8910
 def paper_noise(
     metric:str, # A key of `PAPER`
     model:str, # A model
@@ -265,11 +269,16 @@ def score_panel(
         ax.plot([noise, v], [i, i], color='.75', lw=1, zorder=1)
         ax.plot(noise, i, '|', color='.45', ms=9, mew=1.6)
         ax.plot(v, i, marks.get(m, 'o'), color=colors[list(NAMES).index(m)] if m in NAMES else '.2', ms=6)
+    if log:
+        low, high = ax.get_xlim()
+        ax.set_xlim(min(low, high/30), high*1.3)                    # a decade and a half at least
+        ax.xaxis.set_major_locator(LogLocator(numticks=4))
+        ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_yticks(range(len(rows)), [NAMES.get(m, m) for m,*_ in rows])
     ax.set_ylim(len(rows)-.4, -.6)
     ax.grid(axis='y', visible=False)
 
-# %% ../nbs/35_figures.ipynb #22411084
+# %% ../nbs/35_figures.ipynb #d0f4789a
 def table1_figure(
     best:pd.DataFrame, # As in `best.csv`
 ):
@@ -283,7 +292,7 @@ def table1_figure(
                 theirs = [m for m in PAPER[metric] if (m in ('sdxl', 'flux'))==(block=='inpainting')]
                 score_panel(row[k], [(o.model, o.best, o.noise) for o in t.itertuples()], metric.startswith('mmd'))
                 score_panel(row[2+k], [(m, PAPER[metric][m][0], paper_noise(metric, m)) for m in theirs], metric.startswith('mmd'))
-                for ax,who in (row[k], 'this run'), (row[2+k], 'the paper'): ax.set_title(f'{who}: {name}, {"masks" if k else "whole films"}', fontsize=8)
+                for ax,who in (row[k], 'this run'), (row[2+k], 'the paper'): ax.set_title(f'{who}: {name}'+('' if metric.startswith('mmd') else ', masks' if k else ', whole films'), fontsize=8)
                 for ax in (row[2], row[3]): ax.set_facecolor('#f6f3ea')
     return fig
 

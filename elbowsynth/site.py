@@ -390,18 +390,19 @@ def render(
     if faults := check_site(top/'_docs'): raise ValueError(f'{len(faults)} faults in the rendered site:\n'+'\n'.join(faults[:60]))
     return top/'_docs'/'nbs'/'index.html'
 
-# %% ../nbs/91_site.ipynb #8aaf8e26
+# %% ../nbs/91_site.ipynb #2b47224b
 def readme(
     cells:list[dict], # Of the front page's notebook
     values:dict[str,str]={}, # For `{{name}}`
+    there:set[str]=frozenset(), # Files beside the notebook; links to others are dropped
 )->str: # Markdown
     "The front page as `README.md`"
     text = fill('\n\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown'), values)
+    if there: text = live_links(text, there)
     text = re.sub(r'\]\((?!https?:|#)([^)]+\.(?:ipynb|qmd|png|svg))', r'](nbs/\1', text)
-    text = re.sub(r'\{(?:fig-alt|width|#fig-)[^}\n]*\}', '', text)
     return '<!-- Written from nbs/index.ipynb by `make readme`: edit that -->\n\n'+text+'\n'
 
-# %% ../nbs/91_site.ipynb #e84c6311
+# %% ../nbs/91_site.ipynb #c070f1cd
 def main():
     "The command line: render the site, check it, write the README, or take a run's results into the repository"
     a = argparse.ArgumentParser(prog='python -m elbowsynth.site')
@@ -417,7 +418,7 @@ def main():
     if o.collect: print(f'{len(collect(root()/o.collect, demo))} files in {demo.relative_to(root())}')
     elif o.readme:
         cells = json.loads((root()/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells']
-        with replacing(root()/'README.md') as part: part.write_text(readme(cells, results_by_name(demo)), encoding='utf-8')
+        with replacing(root()/'README.md') as part: part.write_text(readme(cells, results_by_name(demo), {p.name for p in (root()/'nbs').iterdir()}), encoding='utf-8')
     else: print(f'open {render(root()/o.run if o.run else None)}')
 
 # %% ../nbs/91_site.ipynb #a62eb357
