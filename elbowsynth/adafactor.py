@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['random_bits', 'rounded_by', 'stochastic_round', 'as_matrices', 'pieces', 'square_sums', 'direction', 'power', 'write',
            'Shard', 'shard_of', 'local', 'add_up', 'is_cut', 'whole_moment', 'own_moment', 'Job', 'job', 'factors',
-           'fused', 'can_fuse', 'rates', 'take_step', 'Adafactor']
+           'fused', 'can_fuse', 'step_sizes', 'take_step', 'Adafactor']
 
 # %% ../nbs/18_adafactor.ipynb #6013e4f5
 import functools, os, shutil, warnings
@@ -42,7 +42,7 @@ def stochastic_round(
     key = torch.randint(-2**31, 2**31, (), generator=generator).item()
     return rounded_by(x.float(), random_bits(x.shape, key, 0, x.device))
 
-# %% ../nbs/18_adafactor.ipynb #9af06622
+# %% ../nbs/18_adafactor.ipynb #e6fb6edb
 def as_matrices(
     x:torch.Tensor, # A parameter or its gradient
 )->torch.Tensor: # (b, m, n), of the same memory
@@ -54,7 +54,7 @@ def pieces(
     most:int, # Numbers in a piece
 ):
     "Index pairs that cut a stack: rows of a single matrix, or matrices of a stack"
-    b,m,n = shape
+    b,m,n = shape[0], *(max(1, k) for k in shape[1:])                   # a card may have no row of a small parameter
     if b==1: yield from ((slice(None), slice(i, i+max(1, most//n))) for i in range(0, m, max(1, most//n)))
     else: yield from ((slice(i, i+max(1, most//(m*n))), slice(None)) for i in range(0, b, max(1, most//(m*n))))
 
@@ -220,7 +220,7 @@ def factors(
     pairs = [(next(at) if j.whole.ndim>1 else None, next(at)) for j in jobs]
     return [((row/col.mean(-1, keepdim=True)).rsqrt() if row is not None else col.new_ones(1, 1), col.rsqrt()) for row,col in pairs]
 
-# %% ../nbs/18_adafactor.ipynb #bc2c633c
+# %% ../nbs/18_adafactor.ipynb #d6e338fd
 @functools.cache
 def fused(
     f, # `square_sums`, `power` or `write`
@@ -235,7 +235,7 @@ def can_fuse()->bool: # Whether `fused` can work for a GPU
     if not found: warnings.warn('no C compiler (cc, gcc, clang) on the PATH: Adafactor runs unfused on this GPU, several times slower')
     return found
 
-def rates(
+def step_sizes(
     jobs:list[Job], # Parameters of a step
 )->list: # A number for each, or a tensor of one
     "Learning rates: as given, or (`relative_step`, `scale_parameter`) by the number of steps and the root mean square of the weights"
@@ -261,7 +261,7 @@ def take_step(
     found = factors(jobs, sums)
     powers = [sum((power_of(j.g[a, b], row[a, b], col[a]) for a,b in cut), j.g.new_zeros((), dtype=j.wide)) for j,cut,(row,col) in zip(jobs, cuts, found)]
     add_up([(s, j.shard.group()) for j,s in zip(jobs, powers)])
-    for j,cut,(row,col),s,lr in zip(jobs, cuts, found, powers, rates(jobs)):
+    for j,cut,(row,col),s,lr in zip(jobs, cuts, found, powers, step_sizes(jobs)):
         row *= lr/((s/j.whole.numel()).sqrt()/j.group['clip_threshold']).clamp(min=1)
         for a,b in cut:
             first = j.shard.first*(j.whole.numel()//j.shard.rows)+(a.start or 0)*j.g.shape[1:].numel()+(b.start or 0)*j.g.shape[2]
