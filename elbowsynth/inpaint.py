@@ -293,7 +293,7 @@ def draw_films(
     wait(crew)
     return np.stack([read_image(Path(keep)/f'{n}.png') for n in names]) if keep else films
 
-# %% ../nbs/20_inpaint.ipynb #58f96c3d
+# %% ../nbs/20_inpaint.ipynb #dfb0306f
 class Crew(NamedTuple):
     "The processes that train one model, as one of them sees it"
     rank:int=0 # Which it is
@@ -309,6 +309,7 @@ def crew_of(
     from accelerate import Accelerator, DistributedDataParallelKwargs
     a = Accelerator(cpu=device=='cpu', mixed_precision='no',
                     kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)])
+    if a.distributed_type=='FSDP': raise ValueError('weights are shared out by the parameter `shard`, not by the launcher: start without its FSDP')
     return Crew(a.process_index, a.num_processes, prepare(a.device), a)
 
 def wait(
@@ -846,7 +847,7 @@ def fine_tune(
         if step in marks: look(step)
     return out
 
-# %% ../nbs/20_inpaint.ipynb #b366d9d2
+# %% ../nbs/20_inpaint.ipynb #d6ae6d0c
 def masked_losses(
     log:pd.DataFrame, # As `read_log` gives it, with `epoch`, `inside`, `outside` and `lr`
 ):
@@ -854,7 +855,7 @@ def masked_losses(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 2.6), dpi=72)
     for k in ('inside', 'outside'): ax.plot(log.epoch, log[k].astype(float).rolling(max(1, len(log)//50), min_periods=1).mean(), label=k, lw=1)
-    boost = log.epoch[log.lr>log.lr.iloc[0]]
+    boost = log.epoch[log.lr>log.lr.iloc[:-(-len(log)//2)].max()]
     if len(boost): ax.axvspan(boost.min(), boost.max(), color='.9', label='boosted')
     ax.set(xlabel='epoch', ylabel='squared error')
     ax.legend(frameon=False)
