@@ -6,13 +6,13 @@
 __all__ = ['tiny_sdxl', 'load_sdxl', 'sdxl_input', 'sdxl_times', 'read_clip', 'count_of', 'sdxl_says', 'sdxl_kind', 'sample_sdxl',
            'train_sdxl', 'tune_sdxl', 'main']
 
-# %% ../nbs/21_sdxl.ipynb #168a8a83
+# %% ../nbs/21_sdxl.ipynb #374f37d9
 import inspect
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
-from .inpaint import Batch, Kind, Pairs, cause_of, crew_of, draw_films, fine_tune, mixed_type, open_base, settle, settled, tiny_clip, tiny_clip_tokenizer, tiny_vae, train_from
+from .inpaint import Batch, Kind, Pairs, cause_of, crew_of, draw_films, fine_tune, mixed_type, open_base, random_base, settle, settled, tiny_clip, tiny_clip_tokenizer, tiny_vae, train_from
 
 # %% ../nbs/21_sdxl.ipynb #b28715f1
 def tiny_sdxl(
@@ -32,7 +32,7 @@ def tiny_sdxl(
         return StableDiffusionXLInpaintPipeline(tiny_vae(4, scaling_factor=4.), tiny_clip(CLIPTextModel, words), tiny_clip(CLIPTextModelWithProjection, words),
                                                 words, words, unet, steps, add_watermarker=False)
 
-# %% ../nbs/21_sdxl.ipynb #c1e5b79e
+# %% ../nbs/21_sdxl.ipynb #aef3c009
 def load_sdxl(
     base:str='diffusers/stable-diffusion-xl-1.0-inpainting-0.1', # A folder, a name on the hub (CreativeML OpenRAIL++-M), `tiny-sdxl`, or `tiny-sdxl-random`
     dtype='float32', # Of all nets but the autoencoder (Table 7); or part to type, with a `default`
@@ -41,7 +41,7 @@ def load_sdxl(
 ):
     "The pipeline to start from, or one that was trained before"
     from diffusers import StableDiffusionXLInpaintPipeline
-    pipe = settled(tiny_sdxl(), dtype, device) if base=='tiny-sdxl-random' else open_base(StableDiffusionXLInpaintPipeline, base, dtype, device, add_watermarker=False)
+    pipe = settled(tiny_sdxl(), dtype, device) if random_base(base, 'sdxl') else open_base(StableDiffusionXLInpaintPipeline, base, dtype, device, add_watermarker=False)
     if pipe.unet.config.in_channels!=2*pipe.vae.config.latent_channels+1: raise ValueError(
         f'{base} has a U-Net of {pipe.unet.config.in_channels} input channels: it is no inpainting model, which has {2*pipe.vae.config.latent_channels+1}')
     if lora: pipe.load_lora_weights(lora)
