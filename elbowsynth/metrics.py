@@ -94,7 +94,7 @@ def convention_of(
     if name not in table: raise ValueError(f'unknown convention {name!r}: one of {", ".join(table)}')
     return table[name]
 
-# %% ../nbs/30_metrics.ipynb #c8809d9c
+# %% ../nbs/30_metrics.ipynb #3787764f
 def pooled(
     z, # A plane or a stack
     f:int, # Pixels to a side of each square; what is left over at the end is dropped
@@ -104,6 +104,7 @@ def pooled(
     h,w = z.shape[-2]//f, z.shape[-1]//f
     return cv2.resize(z[:h*f, :w*f], (w, h), interpolation=cv2.INTER_AREA) if isinstance(z, np.ndarray) else F.avg_pool2d(z[:, None], f)[:, 0]
 
+# %% ../nbs/30_metrics.ipynb #4ff7b961
 def mean_in(
     s, # A map of one value for each window
     m=None, # Weights for all pixels or for the windows; all windows alike if None
@@ -114,6 +115,7 @@ def mean_in(
     m = m[..., r:-r, r:-r] if r else m
     with np.errstate(invalid='ignore', divide='ignore'): return (s*m).sum((-2, -1))/m.sum((-2, -1))
 
+# %% ../nbs/30_metrics.ipynb #6395cb10
 def each_pair(
     f, # Takes planes or stacks, gives an array of numbers, the last axis for what it measures
     stacks:list[torch.Tensor], # Each (n, h, w)
@@ -237,7 +239,7 @@ MMD_CONVENTIONS = {
     'KID': {'kernel': 'cubic', 'unit': False, 'sigma': None, 'unbiased': True,
             'source': 'Bińkowski et al. (2018): (a·b/d+1)³, unbiased, all pairs; torchmetrics 1.9.0 averages it over subsets'}}
 
-# %% ../nbs/30_metrics.ipynb #8ac440ee
+# %% ../nbs/30_metrics.ipynb #a607901c
 def sq_dists(
     a:np.ndarray, # (m, d)
     b:np.ndarray, # (n, d)
@@ -246,6 +248,7 @@ def sq_dists(
     d = np.maximum((a**2).sum(1)[:, None]+(b**2).sum(1)-2*a@b.T, 0)
     return np.where(d<1e-9*max(d.max(), 1e-300), 0, d)             # rounding: a row and its copy are no distance apart
 
+# %% ../nbs/30_metrics.ipynb #09e90605
 def both_sets(
     fx, # Features of the real films, (m, d)
     fy, # Features of the synthetic films, (n, d)
@@ -259,6 +262,7 @@ def both_sets(
         if not np.isfinite(f).all(): raise ValueError(f'vector {np.where(~np.isfinite(f).all(1))[0][0]} of {name} is not finite')
     return fx, fy
 
+# %% ../nbs/30_metrics.ipynb #90cdab44
 def unit_length(
     f:np.ndarray, # Feature vectors, (n, d)
     name:str='f', # What the message calls them
@@ -290,7 +294,7 @@ def kernel_of(
     else: s2 = d/2 if o['sigma']=='dims' else o['sigma']**2
     return lambda a,b: np.exp(-sq_dists(a, b)/(2*s2))
 
-# %% ../nbs/30_metrics.ipynb #2cae7fad
+# %% ../nbs/30_metrics.ipynb #e0ffebbd
 def kernel_sums(
     fx, # Features of the real films, (m, d)
     fy, # Features of the synthetic films, (n, d)
@@ -319,6 +323,7 @@ def kernel_sums(
             out['yx'][to] += s.sum(0)
     return out
 
+# %% ../nbs/30_metrics.ipynb #d1d9deab
 def mmd2(
     fx, # Features of the real films, (m, d)
     fy, # Features of the synthetic films, (n, d)
@@ -427,7 +432,7 @@ def films_digest(
     for n in dict.fromkeys(names): h.update(f'\0{n}\0'.encode() + need(Path(folder)/f'{n}.png', Path(folder).name).read_bytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/30_metrics.ipynb #b75c7775
+# %% ../nbs/30_metrics.ipynb #b4dd0458
 BATCH = 16
 
 def score_batch(
@@ -443,6 +448,7 @@ def score_batch(
     table = pair_scores(x, y, None if masks is None else region_masks(masks), device)
     with replacing(at) as part, open(part, 'wb') as f: np.savez(f, features=features(y, extractor, device), **{c: v.to_numpy() for c,v in table.items()})
 
+# %% ../nbs/30_metrics.ipynb #7d151015
 def gather_batches(
     files:list[Path], # As `score_batch` writes them, in order
 )->tuple[pd.DataFrame,np.ndarray]: # Scores of each pair; features of the synthetic films
@@ -461,7 +467,7 @@ def set_scores(
     mean = {k: None if pd.isna(v) else float(v) for k,v in table.mean().items()}
     return {'n': len(table)} | mean | {n: None if pd.isna(mmd[c]) else float(mmd[c]) for n,c in (('mmd2', 'median'), ('mmd2_paper_A', 'paper_A'))}
 
-# %% ../nbs/30_metrics.ipynb #84153110
+# %% ../nbs/30_metrics.ipynb #2c3e3871
 def scored(
     at:Path, # Where the scores go, without ending
     key:str, # What the scores depend on
@@ -471,6 +477,7 @@ def scored(
     there = all(at.with_suffix(s).is_file() for s in ('.csv', '.npy', '.sets.csv', '.json'))
     return there and json.loads(at.with_suffix('.json').read_text())['key']==key
 
+# %% ../nbs/30_metrics.ipynb #7c5672ae
 def finish_job(
     at:Path, # Where the scores go, without ending
     key:str, # What they depend on
@@ -487,6 +494,7 @@ def finish_job(
     save_json(at.with_suffix('.json'), set_scores(table, numbers) | {'key': key})
     shutil.rmtree(parts)
 
+# %% ../nbs/30_metrics.ipynb #1c6f2723
 def score_jobs(
     out:Path, # Folder of the scores
     jobs:list[tuple], # Each (name, key, pairs, films of pairs i to j, masks of pairs i to j or None)
