@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['TABLE1', 'CANDIDATES', 'implied_noise', 'mask_share', 'inside_mask', 'ssim_of_noise', 'mmd_of_disjoint',
-           'bandwidth_for', 'verdicts']
+           'bandwidth_for', 'possible_conventions']
 
 # %% ../nbs/32_conventions.ipynb #d7e8cc22
 import numpy as np, pandas as pd
 
-# %% ../nbs/32_conventions.ipynb #bd5ec485
+# %% ../nbs/32_conventions.ipynb #6b729fca
 TABLE1 = [(metric, model, kind, best, factor, half) for metric,half,rows in ( # The paper's Table 1; `half` a unit of the last digit of the score
     ('ssim', 5e-4, [('WGAN-GP', 'noise', .292, 3.506), ('AC-GAN', 'noise', .287, 3.439), ('TAC-GAN', 'noise', .318, 3.813), ('SDXL', 'mask', .815, 1.109), ('FLUX', 'mask', .868, 1.180)]),
     ('ms_ssim', 5e-4, [('WGAN-GP', 'noise', .402, 3.965), ('AC-GAN', 'noise', .407, 4.011), ('TAC-GAN', 'noise', .426, 4.204), ('SDXL', 'mask', .847, 1.167), ('FLUX', 'mask', .876, 1.207)]),
     ('mmd', 5e-8, [('WGAN-GP', 'noise', 2.463e-4, 26.380), ('AC-GAN', 'noise', 1.373e-4, 47.311), ('TAC-GAN', 'noise', 2.599e-4, 25.001)]),
     ('mmd', 5e-9, [('SDXL', 'mask', 1.705e-5, 172.168)]), ('mmd', 5e-10, [('FLUX', 'mask', 6.914e-6, 424.483)])) for model,kind,best,factor in rows]
 
+# %% ../nbs/32_conventions.ipynb #c7b47e7b
 def implied_noise(
     table:list, # Rows as in `TABLE1`: metric, model, kind of noise, score, factor of improvement, half a unit of the score's last digit
     half_factor:float=5e-4, # Half a unit of the factors' last digit
@@ -28,7 +29,7 @@ def implied_noise(
     o = pd.DataFrame(rows, columns=['metric', 'kind', 'low', 'high']).groupby(['metric', 'kind'], sort=False).agg(low=('low', 'max'), high=('high', 'min')).reset_index()
     return o.assign(noise=(o.low+o.high)/2, agree=o.low<=o.high)
 
-# %% ../nbs/32_conventions.ipynb #d23a0b98
+# %% ../nbs/32_conventions.ipynb #c7bfa898
 def mask_share(
     masked:float, # Score of films whose mask holds noise
     noise:float, # Score of films of noise
@@ -37,6 +38,7 @@ def mask_share(
     if not noise<=masked<=1: raise ValueError(f'noise in a mask scores {masked}, pure noise {noise}: the first lies between the second and 1')
     return (1-masked)/(1-noise)
 
+# %% ../nbs/32_conventions.ipynb #93e2822b
 def inside_mask(
     score:float, # Whole-film score of an inpainting model
     share:float, # As `mask_share` gives it
@@ -44,7 +46,7 @@ def inside_mask(
     "What a score was where the model drew, if the rest of the film is the real one"
     return 1-(1-score)/share
 
-# %% ../nbs/32_conventions.ipynb #e3ece09a
+# %% ../nbs/32_conventions.ipynb #c2345134
 def ssim_of_noise(
     pool:int=1, # Squares of this side are averaged first
     span:float=1., # The range that the formula is told
@@ -54,6 +56,7 @@ def ssim_of_noise(
     c2 = (.03*span)**2
     return min(1., 1.1*c2/((scale/pool)**2/12+c2))
 
+# %% ../nbs/32_conventions.ipynb #08b1ec12
 def mmd_of_disjoint(
     gamma:float, # Of the kernel exp(-gamma d²)
     d2:float, # Largest squared distance that there can be
@@ -68,7 +71,7 @@ def bandwidth_for(
     "The bandwidth at which a kernel that is wide for its data gives this MMD: there it is the squared distance of means over the squared bandwidth"
     return float(np.sqrt(gap/noise))
 
-# %% ../nbs/32_conventions.ipynb #d41b7765
+# %% ../nbs/32_conventions.ipynb #c10f80c0
 CANDIDATES = { # name: metric, kind of claim, from facts to (least, most), why
     'ssim piq, pooled': ('ssim', 'noise', lambda side, **_: (0, ssim_of_noise(max(1, round(side/256)))), 'noise is averaged before it is scored'),
     'ssim full size (piq downsample=False, torchmetrics, pytorch-msssim)': ('ssim', 'noise', lambda **_: (0, ssim_of_noise()), 'per-pixel noise has variance 1/12, far above c2'),
@@ -86,7 +89,8 @@ CANDIDATES = { # name: metric, kind of claim, from facts to (least, most), why
     'mmd unit vectors, sigma 10, times 1000 (CMMD as published)': ('mmd', 'noise', lambda gap, **_: (10*gap[0], 10*gap[1]), 'a thousand times as large'),
 }
 
-def verdicts(
+# %% ../nbs/32_conventions.ipynb #69df792e
+def possible_conventions(
     claims:dict, # From (metric, kind) to a value: metrics `ssim` and `mmd`, kinds `noise` and `best` (the best score of an unpaired set)
     side:int, # Pixels of a film's side
     n:int, # Films in each set

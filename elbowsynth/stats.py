@@ -27,7 +27,7 @@ def numbered(
     if at.max(initial=-1)+1<least: raise ValueError(f'{at.max(initial=-1)+1} independent groups: an interval wants {least} or more')
     return at
 
-# %% ../nbs/31_stats.ipynb #4be1712f
+# %% ../nbs/31_stats.ipynb #2202f9f1
 def as_values(
     values, # (n,) or (n, k), finite
 )->np.ndarray: # (n, k), float64
@@ -38,6 +38,7 @@ def as_values(
     if (bad := np.flatnonzero(~np.isfinite(v).all(1))).size: raise ValueError(f'value {bad[0]} is not finite: leave out what has no score, and say how many')
     return v
 
+# %% ../nbs/31_stats.ipynb #333ee9bb
 def cluster_mean(
     values, # (n,)
     groups=None, # (n,) names
@@ -137,7 +138,7 @@ def sums_across(
             if i!=j: out[j] += k.T@weights[i]
     return out
 
-# %% ../nbs/31_stats.ipynb #7908cd0d
+# %% ../nbs/31_stats.ipynb #f7ba8e4b
 def numbered_names(
     groups, # (n,) names, or None
     n:int, # Rows
@@ -149,6 +150,7 @@ def numbered_names(
     numbered(names, n)
     return names.astype(str)
 
+# %% ../nbs/31_stats.ipynb #a3753699
 def two_sets(
     fx, # (m, d)
     fy, # (n, d)
@@ -223,7 +225,7 @@ def cluster_subsampling(
     reach = student.ppf((1+level)/2, len(both)-1)*se
     return {'estimate': estimate, 'low': estimate-reach, 'high': estimate+reach, 'se': se, 'clusters': len(both)}
 
-# %% ../nbs/31_stats.ipynb #9d5d2649
+# %% ../nbs/31_stats.ipynb #05973553
 def permutation_test(
     fx, # Features of one set, (m, d)
     fy, # Features of the other, (n, d)
@@ -249,6 +251,7 @@ def permutation_test(
     null = xx/a+yy/b-2*xy/(ma*(len(z)-ma))
     return {'mmd2': float(null[0]), 'p': float((null>=null[0]-1e-6*abs(null).max()).mean()), 'null': null[1:]}
 
+# %% ../nbs/31_stats.ipynb #314f0879
 def swap_test(
     fx, # Features of the real films, (n, d)
     fy, # Features of the films made from them, in the same order
@@ -300,7 +303,7 @@ def paired_test(
     return {'difference': o['estimate'], 'low': o['low'], 'high': o['high'], 'higher': float((a>b).mean()+(a==b).mean()/2), 'rank_biserial': r, 'p': p,
             'n': o['n'], 'clusters': o['clusters']}
 
-# %% ../nbs/31_stats.ipynb #606970d5
+# %% ../nbs/31_stats.ipynb #94564b8b
 def holm(
     p, # (k,) p-values
 )->np.ndarray: # (k,), adjusted, in the same order
@@ -311,6 +314,7 @@ def holm(
     adjusted[order] = np.maximum.accumulate(p[order]*np.arange(len(p), 0, -1)).clip(max=1)
     return adjusted
 
+# %% ../nbs/31_stats.ipynb #b9d09886
 def paired_tests(
     scores:dict, # From (model, metric) to (n,) scores of the same pairs; NaN where a model has no film
     groups=None, # (n,) patients
@@ -328,7 +332,7 @@ def paired_tests(
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p))
 
-# %% ../nbs/31_stats.ipynb #509f4bc4
+# %% ../nbs/31_stats.ipynb #a715a933
 def trend(
     scores, # (n, e): of each pair at each checkpoint
     epochs, # (e,) rising
@@ -345,6 +349,7 @@ def trend(
     o = cluster_bootstrap(slope, groups, **how)
     return {'slope': o['estimate'], 'low': o['low'], 'high': o['high'], 'rank_correlation': float(rho.mean()), 'p': signed_rank(slope, groups)[1], 'n': o['n'], 'clusters': o['clusters']}
 
+# %% ../nbs/31_stats.ipynb #7a0ee76b
 def set_trend(
     scores, # (e,) of a set, such as MMD², at each checkpoint
     epochs, # (e,)

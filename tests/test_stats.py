@@ -301,3 +301,59 @@ def test_blocks_do_not_matter():
     g, w = torch.arange(50)//3, torch.ones(50, 2, dtype=torch.float64)
     whole = sums_across(z, g, w, gaussian_kernel(1.))
     for block in (1, 7, 49): assert torch.allclose(sums_across(z, g, w, gaussian_kernel(1.), block), whole, atol=1e-12)
+
+# --- which convention, and what metrics see
+
+def test_bounds_for_noise_hold_in_the_libraries_they_speak_of():
+    import piq
+    from skimage.metrics import structural_similarity
+    from elbowsynth.conventions import ssim_of_noise
+    from elbowsynth.phantom import phantom
+    rng = np.random.default_rng(23)
+    for film in (np.full((1024, 1024), .5), phantom('LAT', ['normal'], size=1024).image/255):
+        noise = rng.random(film.shape)
+        a, b = (torch.tensor(o)[None, None] for o in (film, noise))
+        assert piq.ssim(a, b)<ssim_of_noise(4) and piq.ssim(a, b, downsample=False)<ssim_of_noise()
+        assert structural_similarity(film, noise, data_range=2)<ssim_of_noise(span=2) and structural_similarity(255*film, 255*noise, data_range=1)<ssim_of_noise(scale=255)
+        assert structural_similarity(film, noise, data_range=255)>.9
+
+def test_bounds_for_mmd_hold():
+    from elbowsynth.conventions import bandwidth_for, mmd_of_disjoint
+    rng = np.random.default_rng(24)
+    for _ in range(50):
+        x, y = (np.maximum(rng.normal(rng.normal(), 1, (20, 30)), 0)+1e-9 for _ in 'xy')
+        x, y = (o/np.linalg.norm(o, axis=1, keepdims=True) for o in (x, y))
+        for gamma in (1/200, 1/30, 1.):
+            v = rbf_kernel(x, x, gamma=gamma).mean()+rbf_kernel(y, y, gamma=gamma).mean()-2*rbf_kernel(x, y, gamma=gamma).mean()
+            assert v<=mmd_of_disjoint(gamma, 2)
+        gap = ((x.mean(0)-y.mean(0))**2).sum()
+        assert np.isclose(bandwidth_for(mmd2(x, y, 'paper_A'), gap), 10, rtol=.02)     # wide kernels measure the gap, and so the bandwidth can be read off
+
+def test_the_paper_agrees_with_itself_and_leaves_three_conventions():
+    from elbowsynth.conventions import TABLE1, implied_noise, inside_mask, mask_share, possible_conventions
+    t = implied_noise(TABLE1)
+    of = {(o.metric, o.kind): o.noise for o in t.itertuples()}
+    assert t.agree.all() and len(t)==6
+    assert np.isclose(of['mmd', 'noise'], 6.497e-3, rtol=1e-3) and np.isclose(of['mmd', 'mask'], 2.935e-3, rtol=1e-3)
+    share = mask_share(of['ssim', 'mask'], of['ssim', 'noise'])
+    assert np.isclose((1-share)+share*inside_mask(.8, share), .8)
+    assert not implied_noise([*TABLE1, ('ssim', 'other', 'noise', .4, 2., 5e-4)]).agree.all()
+    claims = {('ssim', 'noise'): of['ssim', 'noise'], ('mmd', 'noise'): of['mmd', 'noise'], ('mmd', 'best'): 1.373e-4}
+    found = possible_conventions(claims, 1024, 898, 2048, (.3, 1.5))
+    assert found.possible.sum()==3 and set(found.claim[found.possible])=={'ssim of noise', 'mmd of noise'}
+    assert possible_conventions(claims | {('ssim', 'noise'): .005}, 256, 898, 2048, (.3, 1.5)).possible[:2].all()      # at 256 pixels nothing is pooled: both piq's fit a small claim
+
+def test_damages_do_what_they_say():
+    from elbowsynth.sensitivity import DAMAGES, copied_share, damaged
+    rng = np.random.default_rng(25)
+    films, masks = rng.integers(60, 190, (2, 40, 40), np.uint8), np.zeros((2, 40, 40), np.uint8)
+    masks[:, 10:30, 10:30] = 255
+    before = films.copy()
+    for k, (_, amounts, _) in DAMAGES.items():
+        off = [np.abs(damaged(films, masks, k, a).astype(int)-films).mean() for a in (0, *amounts)]
+        assert off[0]==0 and min(off[1:])>0 and (k=='shift' or (np.diff(off)>0).all())
+        out = damaged(films, masks, k, amounts[-1])
+        assert out.dtype==np.uint8 and ((out==films)[masks==0].all())==(k in ('seam', 'blur in mask'))
+    assert (films==before).all() and (damaged(films, masks, 'shift', 3)[:, :, 3:]==films[:, :, :-3]).all()
+    train = rng.normal(size=(30, 5))
+    assert copied_share(train, train)==1 and copied_share(train, train+10)==0
