@@ -7,14 +7,14 @@ __all__ = ['tiny_t5_tokenizer', 'tiny_flux', 'load_flux', 'pack', 'unpack', 'fil
            'flux_sigmas', 'flux_mix', 'flux_clip', 'flux_t5', 'flux_says', 'flux_kind', 'sample_flux', 'train_flux',
            'tune_flux', 'main']
 
-# %% ../nbs/22_flux.ipynb #a82e029a
+# %% ../nbs/22_flux.ipynb #73380807
 import inspect, math
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from .data import PATHOLOGIES, VIEWS, caption
-from .inpaint import Batch, Kind, Pairs, cause_of, crew_of, draw_films, fine_tune, mixed_type, open_base, settle, settled, tiny_clip, tiny_clip_tokenizer, tiny_vae, train_from
+from .inpaint import Batch, Kind, Pairs, cause_of, crew_of, draw_films, fine_tune, mixed_type, open_base, random_base, settle, settled, tiny_clip, tiny_clip_tokenizer, tiny_vae, train_from
 
 # %% ../nbs/22_flux.ipynb #6df067f6
 def tiny_t5_tokenizer():
@@ -42,7 +42,7 @@ def tiny_flux(
         vae = tiny_vae(16, scaling_factor=3., shift_factor=.1159, use_quant_conv=False, use_post_quant_conv=False)
         return FluxFillPipeline(steps, vae, tiny_clip(CLIPTextModel, words), words, t5, pieces, transformer)
 
-# %% ../nbs/22_flux.ipynb #b7596b58
+# %% ../nbs/22_flux.ipynb #f6bf2c73
 def load_flux(
     base:str='black-forest-labs/FLUX.1-Fill-dev', # A folder, a name on the hub (FLUX.1 [dev] Non-Commercial License), `tiny-flux`, or `tiny-flux-random`
     dtype='bfloat16', # Of all nets but the autoencoder (Table 7); or part to type, with a `default`
@@ -51,7 +51,7 @@ def load_flux(
 ):
     "The pipeline to start from, or one that was trained before"
     from diffusers import FluxFillPipeline
-    pipe = settled(tiny_flux(), dtype, device) if base=='tiny-flux-random' else open_base(FluxFillPipeline, base, dtype, device)
+    pipe = settled(tiny_flux(), dtype, device) if random_base(base, 'flux') else open_base(FluxFillPipeline, base, dtype, device)
     wanted = 4*(2*pipe.vae.config.latent_channels+pipe.vae_scale_factor**2)
     if pipe.transformer.config.in_channels!=wanted: raise ValueError(
         f'{base} has a transformer of {pipe.transformer.config.in_channels} input channels: it is no fill model, which has {wanted}')
