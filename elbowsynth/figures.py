@@ -245,7 +245,7 @@ def last_figure(
         if drawn: shown.append((drawn[max(drawn)].parent, pair.pair)); titles.append(f'{NAMES.get(m, m)}, epoch {max(drawn)}')
     return film_figure([load_images(at, [name], side)[0] for at,name in shown], titles, size=2.4)
 
-# %% ../nbs/35_figures.ipynb #a93c8910
+# %% ../nbs/35_figures.ipynb #2a802254
 def paper_noise(
     metric:str, # A key of `PAPER`
     model:str, # A model
@@ -254,6 +254,7 @@ def paper_noise(
     v, f = PAPER[metric][model]
     return v*f if metric.startswith('mmd') else v/f
 
+# %% ../nbs/35_figures.ipynb #15c87c0a
 def score_panel(
     ax, # Where to draw
     rows:list[tuple], # Model, score, score of noise

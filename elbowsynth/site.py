@@ -6,11 +6,11 @@
 __all__ = ['CDN', 'UNRENDERED', 'local_links', 'live_links', 'first_sentence', 'tell_pictures', 'read_bib', 'short_name',
            'long_name', 'outside_code', 'number_labels', 'resolve', 'fill', 'title_of', 'differs_page', 'exports',
            'reference_page', 'bibliography_page', 'page_of', 'without_missing', 'results_by_name', 'written_pages',
-           'process', 'finish', 'polish', 'stand_alone', 'Reader', 'page_faults', 'check_site', 'render', 'readme',
-           'main']
+           'process', 'with_references', 'polish', 'stand_alone', 'Reader', 'page_faults', 'check_site', 'render',
+           'readme', 'main']
 
-# %% ../nbs/91_site.ipynb #69d829cc
-import argparse, ast, html, json, os, re, shutil, subprocess, sys
+# %% ../nbs/91_site.ipynb #c3929e03
+import argparse, ast, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -58,7 +58,7 @@ def tell_pictures(
             cap = re.search(r'^#\|\s*fig-cap:\s*"?(.*?)"?\s*$', s, re.M)
             c['source'] = f'#| fig-alt: {json.dumps(cap[1] if cap else ": ".join(t for t in (heading, words) if t), ensure_ascii=False)}\n'+s
 
-# %% ../nbs/91_site.ipynb #3c153fad
+# %% ../nbs/91_site.ipynb #ba3e6ee3
 def read_bib(
     text:str, # Of a `.bib` file
 )->dict[str,dict]: # Key to fields
@@ -67,6 +67,7 @@ def read_bib(
     whole = lambda v: re.sub(r'\{([^{}]*)\}', lambda m: m[1].replace(' and ', ' & '), v)          # a name in braces is one name
     return {m[1].strip(): {k: whole(v) for k,v in re.findall(field, m[2])} for m in re.finditer(r'@\w+\{([^,]+),(.*?)\n\}', text, re.S)}
 
+# %% ../nbs/91_site.ipynb #9513727a
 def short_name(
     entry:dict, # Of a bibliography
 )->str:
@@ -74,6 +75,7 @@ def short_name(
     names = [a.split(',')[0].strip() for a in entry['author'].split(' and ')]
     return f'{names[0] if len(names)==1 else " and ".join(names) if len(names)==2 and names[1]!="others" else names[0]+" et al."} {entry["year"]}'
 
+# %% ../nbs/91_site.ipynb #bec99a4e
 def long_name(
     entry:dict, # Of a bibliography
 )->str: # Markdown
@@ -156,7 +158,7 @@ def differs_page(
             if m: parts.append(f'## [{title_of(nb)}]({name})\n\n'+re.sub(r'\n- ', '\n\n- ', m[1].strip(), count=0 if m[1].lstrip().startswith('-') else 1))
     return '\n\n'.join(parts)+'\n'
 
-# %% ../nbs/91_site.ipynb #3d023c7b
+# %% ../nbs/91_site.ipynb #547ce978
 def exports(
     nb:dict, # A notebook
 )->list[tuple[str,str]]: # Name and first line of its docstring, or nothing
@@ -165,6 +167,7 @@ def exports(
     nodes = (o for s in code if re.search(r'^#\|\s*export\b', s, re.M) for o in ast.parse(s).body if isinstance(o, (ast.FunctionDef, ast.ClassDef)))
     return [(o.name, (ast.get_docstring(o) or '').split('\n')[0]) for o in nodes if not o.name.startswith('_')]
 
+# %% ../nbs/91_site.ipynb #b6c80ff3
 def reference_page(
     notebooks:dict[str,dict], # File name to notebook
 )->str: # Markdown
@@ -176,6 +179,7 @@ def reference_page(
         if rows: parts.append(f'## {title_of(nb)} {{#api-{Path(name).stem}}}\n\n`elbowsynth.{re.sub("^[0-9]+_", "", Path(name).stem)}`\n\n'+'\n'.join(['| name | what it is |', '|---|---|', *rows]))
     return '\n\n'.join(parts)+'\n'
 
+# %% ../nbs/91_site.ipynb #9d5e235e
 def bibliography_page(
     refs:dict[str,dict], # As `read_bib` gives it
 )->str: # Markdown
@@ -185,7 +189,7 @@ def bibliography_page(
              for k,e in sorted(refs.items(), key=lambda o: (number(o[1]), o[0]))]
     return '---\ntitle: References\ndescription: The sixty references of the paper, by its numbers, and those that this study adds.\n---\n\n'+'\n\n'.join(items)+'\n'
 
-# %% ../nbs/91_site.ipynb #31493613
+# %% ../nbs/91_site.ipynb #2c49fad7
 def page_of(
     path:Path, # A notebook
     base:str, # Address of the published site
@@ -206,6 +210,7 @@ def page_of(
             if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = live_links(''.join(o.data['text/markdown']), set(names.values()))
     return nb
 
+# %% ../nbs/91_site.ipynb #3fbfaaef
 def without_missing(
     config:dict, # What `_quarto.yml` says, or a part of it
     there:set[str], # Names of the pages, as `nbs/x.ipynb`
@@ -237,7 +242,7 @@ def written_pages(
     if faults: raise ValueError('\n'.join(faults))
     return prose | {'differs.qmd': differs_page(notebooks), 'reference.qmd': reference_page(notebooks), 'references.qmd': bibliography_page(refs)}
 
-# %% ../nbs/91_site.ipynb #05af1807
+# %% ../nbs/91_site.ipynb #674bc8e4
 def process(
     out:Path, # Folder to fill; what it held is removed
     run:Path=None, # Run to show; the committed one if none
@@ -265,11 +270,12 @@ def process(
         (out/'nbs'/n).write_text(text if quarto else resolve([text], refs)[0], encoding='utf-8')
     os.chdir(top/'nbs')                                             # nbdev runs a page's imports, as a kernel in nbs would
     try:
-        for p in paths: write_nb(finish(page_of(p, f'{config.doc_host}{config.doc_baseurl}', names, values), refs, there, quarto), out/'nbs'/p.name)
+        for p in paths: write_nb(with_references(page_of(p, f'{config.doc_host}{config.doc_baseurl}', names, values), refs, there, quarto), out/'nbs'/p.name)
     finally: os.chdir(here)
     return sorted(o for o in (out/'nbs').iterdir() if o.suffix in ('.ipynb', '.qmd'))
 
-def finish(
+# %% ../nbs/91_site.ipynb #91119eb2
+def with_references(
     nb, # As `page_of` gives it
     refs:dict[str,dict], # As `read_bib` gives it
     there:set[str], # Names of the pages
@@ -287,7 +293,7 @@ def finish(
     for c,text in zip(told, texts if quarto else resolve(texts, refs, found)): c.source = text
     return nb
 
-# %% ../nbs/91_site.ipynb #9eb5179f
+# %% ../nbs/91_site.ipynb #8a7866b9
 CDN = re.compile(r'https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/')
 
 def polish(
@@ -300,6 +306,7 @@ def polish(
     page = re.sub(r'(<a\b[^>]*?) role="navigation"', r'\1 role="button"', page)
     return page.replace('class="nav-link" href="" title=', 'class="nav-link" href="#" title=')
 
+# %% ../nbs/91_site.ipynb #960a3b23
 def stand_alone(
     site:Path, # A rendered site
 )->int: # How many pages use maths
@@ -335,7 +342,7 @@ class Reader(HTMLParser):
         if self.inside: self.code[-1] += data
         else: self.text.append(data)
 
-# %% ../nbs/91_site.ipynb #ff50f5a9
+# %% ../nbs/91_site.ipynb #db741037
 UNRENDERED = {r':::': ':::', r'\$[^\s$][^$\n]*\$': '$', r'(?<![\w.])@(fig|tbl|eq|sec)-[\w-]+': '@', r'\[@[\w-]+': '[@', r'\{\{': '{{', r'\{#[\w-]+': '{#', r'\\begin\{': r'\begin{',
               r'^#\|': '#|', r'```': '```', r'\]\([\w./#-]+\)': '](', r'\?@': '?@', r'^\s*\*\*\w[^*]*\*\*\s*$': '**'}
 
@@ -360,6 +367,7 @@ def page_faults(
     bad += [f'directive in code: {m[0]!r}' for piece in me.code for m in [re.match(r'\s*#\|\s*\w+.*', piece)] if m]
     return bad
 
+# %% ../nbs/91_site.ipynb #a672a4fc
 def check_site(
     site:Path, # A rendered site
 )->list[str]: # A line for each fault; empty if all is well

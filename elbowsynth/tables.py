@@ -40,7 +40,7 @@ CURVES = {'wgan_gp': 'SSIM from .281 up to .292, MS-SSIM from .387 up to .402; M
           'sdxl': 'best at epoch 20: SSIM .815, MS-SSIM .847, MMD 1.705e-5; worse or the same afterwards (Section 4.2)',
           'flux': 'a steady rise to SSIM .868 and MS-SSIM .876; MMD least at epoch 40 (6.914e-6), then a plateau between 8.106e-6 and 1.168e-5 (Section 4.2)'}
 
-# %% ../nbs/36_tables.ipynb #5031a7b9
+# %% ../nbs/36_tables.ipynb #a9135776
 def row_words(
     row:nn.Module, # A row of a network
     out:tuple, # Shape of what comes out, without the batch
@@ -56,6 +56,7 @@ def row_words(
             'BN': 'yes' if any(isinstance(o, nn.BatchNorm2d) for o in parts) else 'no', 'Dropout': next((o.p for o in parts if isinstance(o, nn.Dropout)), 0.),
             'Nonlinearity': 'N/A' if act is None else type(act).__name__+(f' (α={getattr(act, slope):g})' if slope else '')}
 
+# %% ../nbs/36_tables.ipynb #267958da
 def network_rows(
     rows, # Modules, one after the other
     x:torch.Tensor, # What the first one takes
@@ -67,7 +68,7 @@ def network_rows(
         for row in rows: out.append(row_words(row, (x := row.eval()(x)).shape[1:]))
         return out+[row_words(h, h(x.flatten(1)).shape[1:]) for h in heads]
 
-# %% ../nbs/36_tables.ipynb #da2d2c3a
+# %% ../nbs/36_tables.ipynb #20949312
 PRINTED = {'wgan_gp': {'G': '512x16x16 256x32x32 128x64x64 64x128x128 32x256x256 1x256x256', 'D': '64x128x128 128x64x64 256x32x32 512x16x16 512x8x8 1'},
            'ac_gan': {'G': '256x4x4 128x8x8 64x16x16 32x32x32 16x64x64 8x128x128 4x256x256 1x256x256', 'D': '4x128x128 8x64x64 16x32x32 - 64x8x8 128x4x4 1 18'}}
 PRINTED['tac_gan'] = PRINTED['ac_gan'] | {'C': '4x128x128 8x64x64 16x32x32 - 64x8x8 128x4x4 18'}
@@ -82,6 +83,7 @@ def networks(
     both = {'G': network_rows(ac_gan.Generator(), torch.cat([z, y], 1)), 'D': network_rows(dis.trunk, film, [dis.score, dis.kind])}
     return both | ({'C': network_rows(tac_gan.Twin(), film)} if model=='tac_gan' else {})
 
+# %% ../nbs/36_tables.ipynb #f09fb937
 def architecture(
     model:str, # wgan_gp, ac_gan or tac_gan
 )->pd.DataFrame: # As Tables 4 to 6, with the paper's feature maps and what differs
@@ -94,7 +96,7 @@ def architecture(
             table.append({'Network': names[net]} | row | {'Paper: maps': '' if printed=='-' else printed.replace('x', ' x '), 'Differs': note})
     return pd.DataFrame(table)
 
-# %% ../nbs/36_tables.ipynb #ddbb5b59
+# %% ../nbs/36_tables.ipynb #f69a220a
 GAN_SETTINGS = {'wgan_gp': {'lr': .0002, 'betas': '0.5, 0.9', 'weight_decay': .0001, 'batch': 5, 'epochs': 4000, 'n_critic': 'not given', 'lam': 'not given'},
                 'ac_gan': {'lr_g': .0005, 'lr_d': .0002, 'lr_c': .0002, 'betas': '0.5, 0.999', 'batch': 5, 'epochs': 4000, 'n_labels': 18}}
 GAN_SETTINGS['tac_gan'] = GAN_SETTINGS['ac_gan']
@@ -115,6 +117,7 @@ def plain(
     "A value as a reader writes it"
     return ', '.join(map(plain, v)) if isinstance(v, (list, tuple)) else f'{v:g}' if isinstance(v, float) else str(v)
 
+# %% ../nbs/36_tables.ipynb #53f0d8c0
 def gan_settings(
     model:str, # wgan_gp, ac_gan or tac_gan
 )->pd.DataFrame: # parameter, here, paper
@@ -122,6 +125,7 @@ def gan_settings(
     ours = {s.name: s.defaults for s in stages(root()/'nbs')}[model]
     return pd.DataFrame([(k, plain(ours[k]), plain(v)) for k,v in GAN_SETTINGS[model].items()], columns=['Parameter', 'Here', 'Paper'])
 
+# %% ../nbs/36_tables.ipynb #10d1ee66
 def table7(
 )->pd.DataFrame: # Row, parameter, and both models' values here and in the paper
     "The settings of both fine-tunings, from the notebooks' defaults and the optimizer's"
@@ -131,7 +135,7 @@ def table7(
     return pd.DataFrame([(row, f'`{k}`', said('sdxl', k), plain(a), said('flux', k), plain(b)) for row,(k,a,b) in TABLE7.items()],
                         columns=['Hyperparameter', 'Parameter', 'SDXL here', 'SDXL paper', 'FLUX here', 'FLUX paper'])
 
-# %% ../nbs/36_tables.ipynb #a22e96a2
+# %% ../nbs/36_tables.ipynb #59b491b9
 def facts_of(
     run:Path, # Folder of the run
 )->dict: # Numbers of pairs, films and patients; settings; seconds by stage
@@ -145,6 +149,7 @@ def facts_of(
     return {'run': Path(run).name, 'count': count, 'classes': pairs.groupby(['pathology', 'split']).size().unstack(fill_value=0).to_dict('index'), 'values': values,
             'seconds': {k: v for k,v in took.items() if v is not None and k in values}, 'versions': notes[0]['versions'] if notes else {}}
 
+# %% ../nbs/36_tables.ipynb #ad9ce250
 def collect(
     run:Path, # Folder of the run
     to:Path, # Folder to fill; what it held is removed
@@ -162,7 +167,7 @@ def collect(
     save_json(Path(to)/'run.json', facts)
     return sorted(p for p in Path(to).rglob('*') if p.is_file())
 
-# %% ../nbs/36_tables.ipynb #f131c2d5
+# %% ../nbs/36_tables.ipynb #39ee74a5
 def read_results(
     results:Path, # What `collect` wrote
 )->tuple[dict,dict,dict]: # run.json, metrics.json, the tables of scores by name
@@ -170,6 +175,7 @@ def read_results(
     said = [json.loads(need(Path(results)/n, 'metrics').read_text()) for n in ('run.json', 'metrics/metrics.json')]
     return *said, {p.stem: pd.read_csv(p) for p in sorted((Path(results)/'metrics').glob('*.csv'))}
 
+# %% ../nbs/36_tables.ipynb #46a58366
 def score(
     v, # A score
     metric:str, # Its metric
@@ -177,6 +183,7 @@ def score(
     "A score with the digits that Table 1 gives it"
     return 'none' if pd.isna(v) else f'{v:.3e}' if metric.startswith('mmd') else f'{v:.3f}'
 
+# %% ../nbs/36_tables.ipynb #7cfd1985
 def run_values(
     results:Path, # What `collect` wrote
 )->dict[str,str]: # Name to value
@@ -196,7 +203,7 @@ def run_values(
     out |= {f'paper.{metric.removesuffix("_paper_A")}.{m}.{k}': score(v, metric if k=='best' else '') for metric,rows in PAPER.items() for m,vs in rows.items() for k,v in zip(('best', 'factor'), vs)}
     return {k: str(v) for k,v in out.items()}
 
-# %% ../nbs/36_tables.ipynb #ffafa97a
+# %% ../nbs/36_tables.ipynb #14310b16
 def table2(
     best:pd.DataFrame, # As in `best.csv`
 )->pd.DataFrame: # Number, experiment, outcome in the paper and here
@@ -212,6 +219,7 @@ def table2(
              for i,(m,gan) in enumerate({'ssim': 'TAC-GAN', 'ms_ssim': 'TAC-GAN', 'mmd2': 'AC-GAN'}.items(), 2)]
     return pd.DataFrame(rows, columns=['Number', 'Experiment', 'Outcome in the paper', 'Best checkpoint here'])
 
+# %% ../nbs/36_tables.ipynb #6aafe988
 def table3(
     classes:dict[str,dict], # Pathology to the numbers of pairs in each set
 )->pd.DataFrame: # Counts and shares, here and in the paper
@@ -259,7 +267,7 @@ def front_picture(
                  (('last', 'A real film and the same film with its mask filled by SDXL and by FLUX'), ('film', 'A film, the mask of one of its pathologies and its caption'))
                  if (Path(results)/'figures'/f'{n}.png').is_file()), '*This run has no picture.*')
 
-# %% ../nbs/36_tables.ipynb #b8ba096a
+# %% ../nbs/36_tables.ipynb #084526f3
 CAPTIONS = {'film': 'A test film, the mask of one of its pathologies and its caption (compare Figure 1)', 'normal': 'Two normal elbows (compare Figure 2)',
             'both': 'SDXL and FLUX side by side: scores by epoch and one test pair (compare Figure 3)', 'last': 'One test pair drawn by SDXL and by FLUX (compare Figure 9)',
             'table1': 'Best scores and the noise beside them: this run in the left panels, the paper in the right ones'}
@@ -284,6 +292,7 @@ def run_tables(
     more = [further(k, t) for k,t in sorted(tables.items(), key=lambda o: list(FURTHER).index(o[0]) if o[0] in FURTHER else 9) if k not in KNOWN and len(t)]
     return out | {f'figure.{n}': figure_text(results, n, c) for n,c in CAPTIONS.items()} | {'more': '\n\n'.join(more) or '*This run was scored without further tables.*'}
 
+# %% ../nbs/36_tables.ipynb #7cd78467
 def further(
     name:str, # Of a table of scores
     table:pd.DataFrame, # Its rows
