@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-# %% ../nbs/18_adafactor.ipynb #a33a78d6
+# %% ../nbs/18_adafactor.ipynb #26e7d261
 def random_bits(
     shape, # Of the numbers to round
     key:int, # Of 32 bits: other keys, other bits
@@ -26,6 +26,7 @@ def random_bits(
     h = (h ^ (h>>16 & 0xffff))*0x7feb352d
     return ((h ^ (h>>15 & 0x1ffff))*-2073319797>>16 & 0xffff).view(shape)
 
+# %% ../nbs/18_adafactor.ipynb #d830e369
 def rounded_by(
     x:torch.Tensor, # float32
     bits:torch.Tensor, # int32 from 0 to 65535
@@ -34,6 +35,7 @@ def rounded_by(
     cut = (x.contiguous().view(torch.int32)+bits & -65536).view(torch.float32)
     return torch.where(x.isfinite(), cut, x).bfloat16()
 
+# %% ../nbs/18_adafactor.ipynb #1bb3dafb
 def stochastic_round(
     x:torch.Tensor, # float32
     generator:torch.Generator=None, # Of the key, on the CPU; torch's own if None
@@ -58,7 +60,7 @@ def pieces(
     if b==1: yield from ((slice(None), slice(i, i+max(1, most//n))) for i in range(0, m, max(1, most//n)))
     else: yield from ((slice(i, i+max(1, most//(m*n))), slice(None)) for i in range(0, b, max(1, most//(m*n))))
 
-# %% ../nbs/18_adafactor.ipynb #646385c4
+# %% ../nbs/18_adafactor.ipynb #2b173b8b
 def square_sums(
     g:torch.Tensor, # (b, m, n)
     wide:torch.dtype, # To compute in
@@ -68,6 +70,7 @@ def square_sums(
     if b==1 or m*n>64 or not g.is_cpu: return s.sum(-1), s.sum(-2)
     return (s.view(b, m*n)@torch.cat([one(m, dtype=wide).repeat_interleave(n, 0), one(n, dtype=wide).repeat(m, 1)], 1)).split([m, n], 1)
 
+# %% ../nbs/18_adafactor.ipynb #13cc7055
 def direction(
     g:torch.Tensor, # (b, m, n)
     rows:torch.Tensor, # (b, m): what each row is multiplied with
@@ -77,6 +80,7 @@ def direction(
     if len(g)==1 or not g.is_cpu: return g*cols[:, None]*rows[..., None]
     return g*cols.repeat(1, g.shape[1]).mul_(rows.repeat_interleave(g.shape[2], 1)).view(g.shape)
 
+# %% ../nbs/18_adafactor.ipynb #88dd321f
 def power(
     g:torch.Tensor, # (b, m, n)
     rows:torch.Tensor, # (b, m)
@@ -86,6 +90,7 @@ def power(
     u = direction(g, rows, cols).view(-1)
     return u.dot(u) if u.is_cpu else u.square().sum()
 
+# %% ../nbs/18_adafactor.ipynb #deb0f87f
 def write(
     p:torch.Tensor, # (b, m, n), changed
     g:torch.Tensor, # (b, m, n)
@@ -102,7 +107,7 @@ def write(
         new = p.to(rows.dtype)*shrink-u
         p.copy_(new if key is None else rounded_by(new, random_bits(new.shape, key, first, p.device)))
 
-# %% ../nbs/18_adafactor.ipynb #66de32e3
+# %% ../nbs/18_adafactor.ipynb #2a372a52
 class Shard(NamedTuple):
     "What of a parameter lies here"
     first:int # Its first row
@@ -110,6 +115,7 @@ class Shard(NamedTuple):
     mesh:object=None # Over which it is cut; None for a parameter that is whole
     def group(self): return self.mesh and self.mesh.get_group()
 
+# %% ../nbs/18_adafactor.ipynb #f712f73c
 def shard_of(
     p:torch.Tensor, # A parameter
 )->Shard:
@@ -123,12 +129,14 @@ def shard_of(
     each = -(-rows//mesh.size())
     return Shard(min(rows, each*mesh.get_local_rank()), rows, mesh)
 
+# %% ../nbs/18_adafactor.ipynb #c560cec6
 def local(
     t:torch.Tensor, # Of any kind
 )->torch.Tensor: # Plain
     "What of a tensor lies here"
     return t.to_local() if hasattr(t, 'to_local') else t
 
+# %% ../nbs/18_adafactor.ipynb #2419a771
 def add_up(
     sums:list, # Pairs of a tensor, changed in place, and the process group to sum over, or None
 ):
@@ -141,7 +149,7 @@ def add_up(
         dist.all_reduce(flat, group=group)
         for t,part in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(part.view_as(t))
 
-# %% ../nbs/18_adafactor.ipynb #66f38f47
+# %% ../nbs/18_adafactor.ipynb #29d23d6e
 def is_cut(
     p:torch.Tensor, # A parameter
     moment:str, # row, col, sq or step
@@ -149,6 +157,7 @@ def is_cut(
     "Whether each card has its own rows of a moment: all but the sums over rows of a matrix"
     return shard_of(p).mesh is not None and moment!='step' and (moment!='col' or p.ndim>2)
 
+# %% ../nbs/18_adafactor.ipynb #cfc1ae97
 def whole_moment(
     v, # What lies here
     p:torch.Tensor, # Its parameter
@@ -163,6 +172,7 @@ def whole_moment(
     dist.all_gather(parts, mine, group=shard.group())
     return torch.cat(parts)[:shard.rows]
 
+# %% ../nbs/18_adafactor.ipynb #0f7fdd15
 def own_moment(
     v, # A whole moment
     p:torch.Tensor, # Its parameter
@@ -172,7 +182,7 @@ def own_moment(
     if is_cut(p, moment): v = v[shard_of(p).first:][:len(local(p))]
     return v.to(p.device, copy=True) if isinstance(v, torch.Tensor) else v
 
-# %% ../nbs/18_adafactor.ipynb #0038a0a2
+# %% ../nbs/18_adafactor.ipynb #7704ca61
 class Job(NamedTuple):
     "A parameter in a step"
     group:dict # Its settings
@@ -184,6 +194,7 @@ class Job(NamedTuple):
     wide:torch.dtype # To compute in
     key:int|None # Of its rounding, if at random
 
+# %% ../nbs/18_adafactor.ipynb #968f5061
 def job(
     p:torch.Tensor, # A parameter with a gradient
     group:dict, # Its settings
@@ -220,7 +231,7 @@ def factors(
     pairs = [(next(at) if j.whole.ndim>1 else None, next(at)) for j in jobs]
     return [((row/col.mean(-1, keepdim=True)).rsqrt() if row is not None else col.new_ones(1, 1), col.rsqrt()) for row,col in pairs]
 
-# %% ../nbs/18_adafactor.ipynb #d6e338fd
+# %% ../nbs/18_adafactor.ipynb #2fa0bb51
 @functools.cache
 def fused(
     f, # `square_sums`, `power` or `write`
@@ -228,6 +239,7 @@ def fused(
     "`f` in as few kernels as torch.compile finds"
     return torch.compile(f, dynamic=True)
 
+# %% ../nbs/18_adafactor.ipynb #a74bd3d6
 @functools.cache
 def can_fuse()->bool: # Whether `fused` can work for a GPU
     "Look for the C compiler that torch.compile needs, and warn if there is none"
@@ -235,6 +247,7 @@ def can_fuse()->bool: # Whether `fused` can work for a GPU
     if not found: warnings.warn('no C compiler (cc, gcc, clang) on the PATH: Adafactor runs unfused on this GPU, several times slower')
     return found
 
+# %% ../nbs/18_adafactor.ipynb #5bb87306
 def step_sizes(
     jobs:list[Job], # Parameters of a step
 )->list: # A number for each, or a tensor of one
@@ -244,6 +257,7 @@ def step_sizes(
     add_up([(s, jobs[i].shard.group()) for i,s in scaled.items()])
     return [lr*(scaled[i]/jobs[i].whole.numel()).sqrt().clamp(min=1e-3) if i in scaled else lr for i,lr in enumerate(given)]
 
+# %% ../nbs/18_adafactor.ipynb #b0bff664
 @torch.no_grad()
 def take_step(
     jobs:list[Job], # Parameters, each with its gradient
