@@ -12,7 +12,7 @@ import json, struct
 from pathlib import Path
 import pandas as pd, torch
 
-# %% ../nbs/23_sizes.ipynb #fcf5d4a8
+# %% ../nbs/23_sizes.ipynb #d44926cc
 AUTOENCODER = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4)
 CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
 REAL = { # Model to net to class and settings
@@ -28,6 +28,7 @@ REAL = { # Model to net to class and settings
              'text_encoder_2': ('T5EncoderModel', dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj='gated-gelu')),
              'vae': ('AutoencoderKL', AUTOENCODER | dict(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False))}}
 
+# %% ../nbs/23_sizes.ipynb #15431fff
 def bare_net(
     kind:str, # A class of diffusers or transformers
     settings:dict, # Of its configuration
@@ -39,12 +40,14 @@ def bare_net(
         net = getattr(transformers, kind)
         return net(net.config_class(**settings))
 
+# %% ../nbs/23_sizes.ipynb #228a99c7
 def real_nets(
     model:str, # `sdxl` or `flux`
 )->dict: # Name in the pipeline to net
     "The nets of a base model at their real size, on the meta device"
     return {name: bare_net(kind, settings) for name,(kind,settings) in REAL[model].items()}
 
+# %% ../nbs/23_sizes.ipynb #c0a9e1f3
 def weights_in(
     net:torch.nn.Module,
 )->int: # Each weight once, however often it is shared
@@ -76,7 +79,7 @@ def common_name(
         if '.mid_block.attentions.' in name: name = name.replace(old, new)
     return 'shared.weight' if name=='encoder.embed_tokens.weight' else name.removeprefix('text_model.')
 
-# %% ../nbs/23_sizes.ipynb #4da99393
+# %% ../nbs/23_sizes.ipynb #8f328ee6
 def net_faults(
     folder:Path, # Of one net
     net:torch.nn.Module, # What it should be, on any device
@@ -94,6 +97,7 @@ def net_faults(
               'has no floats in': [f'{k} ({t})' for k,(_,t) in sorted(found.items()) if t not in ('F64', 'F32', 'F16', 'BF16')]}
     return bad+[f'{what} {", ".join(names[:3])}{f" and {len(names)-3:,} more" if len(names)>3 else ""}' for what,names in groups.items() if names]
 
+# %% ../nbs/23_sizes.ipynb #3f8a1313
 def own_nets(
     folder:Path, # Of a pipeline
 )->dict: # Name to net, on the meta device
@@ -102,6 +106,7 @@ def own_nets(
     found = {k: (folder/k/'config.json', v[1]) for k,v in named.items() if isinstance(v, list) and v[0] and (folder/k/'config.json').is_file()}
     return {k: bare_net(kind, json.loads(path.read_text())) for k,(path,kind) in found.items()}
 
+# %% ../nbs/23_sizes.ipynb #dc2711b5
 def compare_headers(
     folder:Path, # Of a pipeline
     nets:dict=None, # Name to net, as `real_nets` gives them; by default what the folder's own configurations say
@@ -133,7 +138,7 @@ def largest_block(
     "Weights of the largest member of a net's lists of blocks, which FSDP2 puts together at a time"
     return max(weights_in(block) for m in net.modules() if isinstance(m, torch.nn.ModuleList) for block in m)
 
-# %% ../nbs/23_sizes.ipynb #64051c1b
+# %% ../nbs/23_sizes.ipynb #5bad7481
 def memory_plan(
     model:str, # `sdxl` or `flux`
     trained:str='full', # `full` or `lora`
@@ -156,6 +161,7 @@ def memory_plan(
             'moments': (sum(map(moments_of, learning))*4+8*added)/cards/gib, 'activations': (kept+again)*batch/cards/4, 'gathered': block/gib}
     return {'model': model, 'trained': trained, 'text': text, 'cards': cards} | plan | {'sum': sum(plan.values())}
 
+# %% ../nbs/23_sizes.ipynb #6fd9bd10
 def memory_table(
     cards:tuple=(1, 2, 4, 8),
     models:dict=None, # Model to its nets, as `real_nets` gives them
