@@ -7,14 +7,14 @@ __all__ = ['tiny_t5_tokenizer', 'tiny_flux', 'load_flux', 'pack', 'unpack', 'fil
            'flux_sigmas', 'flux_mix', 'flux_clip', 'flux_t5', 'flux_says', 'flux_kind', 'sample_flux', 'train_flux',
            'tune_flux', 'main']
 
-# %% ../nbs/22_flux.ipynb #73380807
+# %% ../nbs/22_flux.ipynb #1f19d7b0
 import inspect, math
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from .data import PATHOLOGIES, VIEWS, caption
-from .inpaint import Batch, Kind, Pairs, cause_of, crew_of, draw_films, fine_tune, mixed_type, open_base, random_base, settle, settled, tiny_clip, tiny_clip_tokenizer, tiny_vae, train_from
+from .inpaint import Batch, Kind, Pairs, cause_of, crew_of, draw_films, fine_tune, mixed_type, open_base, random_base, settle_options, settled, tiny_clip, tiny_clip_tokenizer, tiny_vae, train_from
 
 # %% ../nbs/22_flux.ipynb #6df067f6
 def tiny_t5_tokenizer():
@@ -241,7 +241,7 @@ def train_flux(
     given = dict(locals())
     return tune_flux(*(given.pop(k) for k in ('train', 'test', 'out')), given)
 
-# %% ../nbs/22_flux.ipynb #4d20fe94
+# %% ../nbs/22_flux.ipynb #11164391
 def tune_flux(
     train:Pairs, # As in `train_flux`
     test:Pairs,
@@ -250,7 +250,7 @@ def tune_flux(
 )->Path: # `out`
     "What is FLUX's own in a training: its parts and their types"
     crew, paper = crew_of(given['device']), {p.name: p.default for p in inspect.signature(train_flux).parameters.values()}
-    o = settle(given, paper, crew.world)
+    o = settle_options(given, paper, crew.world)
     types = {'vae': o['vae_dtype'], 'transformer': o['prior_dtype'], 'default': o['text_dtype']}
     def draw(pipe, keep, crew):
         return sample_flux(pipe, *test[1:], test.names, o['steps'], o['guidance'], o['t5_length'], o['sample_batch'], o['seed'], o['limit'], keep=keep, crew=crew, mixed=mixed_type(o))

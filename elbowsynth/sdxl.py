@@ -6,13 +6,13 @@
 __all__ = ['tiny_sdxl', 'load_sdxl', 'sdxl_input', 'sdxl_times', 'read_clip', 'count_of', 'sdxl_says', 'sdxl_kind', 'sample_sdxl',
            'train_sdxl', 'tune_sdxl', 'main']
 
-# %% ../nbs/21_sdxl.ipynb #374f37d9
+# %% ../nbs/21_sdxl.ipynb #7afc8801
 import inspect
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
-from .inpaint import Batch, Kind, Pairs, cause_of, crew_of, draw_films, fine_tune, mixed_type, open_base, random_base, settle, settled, tiny_clip, tiny_clip_tokenizer, tiny_vae, train_from
+from .inpaint import Batch, Kind, Pairs, cause_of, crew_of, draw_films, fine_tune, mixed_type, open_base, random_base, settle_options, settled, tiny_clip, tiny_clip_tokenizer, tiny_vae, train_from
 
 # %% ../nbs/21_sdxl.ipynb #b28715f1
 def tiny_sdxl(
@@ -190,7 +190,7 @@ def train_sdxl(
     given = dict(locals())
     return tune_sdxl(*(given.pop(k) for k in ('train', 'test', 'out')), given)
 
-# %% ../nbs/21_sdxl.ipynb #c2cf09a5
+# %% ../nbs/21_sdxl.ipynb #6f4cdcd8
 def tune_sdxl(
     train:Pairs, # As in `train_sdxl`
     test:Pairs,
@@ -199,7 +199,7 @@ def tune_sdxl(
 )->Path: # `out`
     "What is SDXL's own in a training: its parts and their types"
     crew, paper = crew_of(given['device']), {p.name: p.default for p in inspect.signature(train_sdxl).parameters.values()}
-    o = settle(given, paper, crew.world)
+    o = settle_options(given, paper, crew.world)
     types = {'vae': o['vae_dtype'], 'unet': o['prior_dtype'], 'default': o['text_dtype']}
     def draw(pipe, keep, crew):
         return sample_sdxl(pipe, *test[1:], test.names, o['steps'], o['guidance'], o['sample_batch'], o['seed'], o['limit'], keep=keep, crew=crew, mixed=mixed_type(o))

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from conftest import ROOT
 from elbowsynth.data import read_image
 from elbowsynth.flux import load_flux, sample_flux, train_flux
-from elbowsynth.inpaint import Pairs, RECIPES, composite, inert_rows, options_of, settle, toy_pairs, train_from, write_films
+from elbowsynth.inpaint import Pairs, RECIPES, composite, inert_rows, options_of, settle_options, toy_pairs, train_from, write_layout
 from elbowsynth.sdxl import load_sdxl, sample_sdxl, tiny_sdxl, train_sdxl
 
 TOY = toy_pairs(6, 32)
@@ -32,7 +32,7 @@ COMMON = dict(epochs=200, lr=1e-5, boost_lr=1e-4, boost_epochs=20, every=20, bat
 def test_table_7_is_the_default(train, dtype, rounding):
     has = paper(train)
     assert {k: has[k] for k in COMMON}==COMMON and has['stochastic_rounding']==rounding
-    o = settle(has, has)
+    o = settle_options(has, has)
     assert {o[k] for k in ('dtype', 'prior_dtype', 'text_dtype', 'train_dtype', 'output_dtype')}=={dtype}
     assert inert_rows(has)==['gamma', 'warmup_init']
     assert set(inert_rows(has | dict(recipe='onetrainer-2025')))=={'gamma', 'warmup_init', 'unmasked_weight'} | ({'stochastic_rounding'} if rounding else set())
@@ -45,9 +45,9 @@ def test_the_stage_has_the_trainers_defaults(module, stage):
 
 def test_flux_is_told_the_same_guidance_at_both_ends():
     has = paper(train_flux)
-    told = [{k: settle(has | dict(recipe=r), has)[k] for k in ('guidance', 't5_length')} for r in RECIPES]
+    told = [{k: settle_options(has | dict(recipe=r), has)[k] for k in ('guidance', 't5_length')} for r in RECIPES]
     assert told==[{'guidance': 30, 't5_length': 512}, {'guidance': 1, 't5_length': 77}]
-    assert settle(paper(train_sdxl), paper(train_sdxl))['guidance']==7.5
+    assert settle_options(paper(train_sdxl), paper(train_sdxl))['guidance']==7.5
 
 USELESS = [dict(gamma=1.), dict(stochastic_rounding=True), dict(warmup_init=True), dict(train_dtype='float64'), dict(text_encoder='frozen', text_encoder_2='frozen', text_lr=1e-4),
            dict(train_net=False, net_epochs=3), dict(optimizer='adamw', decay_rate=-.5), dict(recipe='onetrainer-2025', unmasked_weight=1.), dict(shard=True), dict(relative_step=True, lr=1e-3),
@@ -56,12 +56,12 @@ USELESS = [dict(gamma=1.), dict(stochastic_rounding=True), dict(warmup_init=True
 @pytest.mark.parametrize('options', USELESS, ids=lambda o: '-'.join(o))
 def test_an_option_without_effect_is_an_error(options):
     has = paper(train_sdxl)
-    with pytest.raises(ValueError, match='has no effect|shard'): settle(has | options, has)
+    with pytest.raises(ValueError, match='has no effect|shard'): settle_options(has | options, has)
 
 def test_the_same_options_may_be_useful():
     has = paper(train_sdxl)
     for useful in (dict(gamma=1., loss_weight='min-snr'), dict(stochastic_rounding=True, dtype='bfloat16'), dict(warmup_init=True, relative_step=True),
-                   dict(recipe='onetrainer-2025', unmasked_weight=1., normalize=True)): settle(has | useful, has)
+                   dict(recipe='onetrainer-2025', unmasked_weight=1., normalize=True)): settle_options(has | useful, has)
 
 # ---- what a kill costs
 
@@ -175,7 +175,7 @@ def test_nothing_hangs_on_cells_of_eight_pixels(tmp_path):
 # ---- from the outside
 
 def test_a_folder_of_another_tools_user_is_enough(tmp_path):
-    write_films(tmp_path/'films', TOY)
+    write_layout(tmp_path/'films', TOY)
     out = train_from(train_sdxl, 'elbowsynth.sdxl', ['--films', str(tmp_path/'films'), '--out', str(tmp_path/'out'), '--base', 'tiny-sdxl-random', '--size', '32', '--epochs', '1', '--every', '1',
                      '--boost_epochs', '0', '--steps', '1', '--recompute', 'false', '--device', 'cpu', '--lr', '1e-3', '--validate', '1'])
     train_sdxl(TOY, TOY, tmp_path/'direct', **SDXL)

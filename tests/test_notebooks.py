@@ -114,9 +114,9 @@ IMPORTS = {'core': '', 'data': 'core', 'anatomy': 'data', 'phantom': 'core data 
            'importers': 'core data masks', 'split': 'core data',
            'training': 'core data', 'gan': 'core data training', 'wgan_gp': 'core data training gan', 'ac_gan': 'core data training gan',
            'tac_gan': 'core data training gan ac_gan', 'search': 'core data training gan ac_gan tac_gan metrics',
-           'adafactor': 'core', 'latents': 'core data masks training', 'inpaint': 'core data masks training adafactor latents', 'sdxl': 'core training adafactor latents inpaint',
-           'flux': 'core training adafactor latents inpaint', 'sizes': 'core inpaint sdxl flux', 'bases': 'core data phantom preprocess training latents inpaint sdxl flux',
-           'extractors': 'core', 'floors': '', 'metrics': 'core data extractors floors', 'stats': '', 'conventions': 'core metrics stats', 'sensitivity': 'core metrics stats',
+           'sizes': '', 'adafactor': '', 'latents': 'core data training', 'inpaint': 'core data masks training sizes adafactor latents', 'sdxl': 'inpaint',
+           'flux': 'data inpaint', 'bases': 'core data phantom preprocess training latents inpaint sdxl flux',
+           'extractors': 'core', 'floors': '', 'metrics': 'core data extractors floors', 'stats': '', 'conventions': '', 'sensitivity': '',
            'figures': 'core data', 'tables': 'core data ac_gan tac_gan wgan_gp figures inpaint', 'claims': 'figures tables',
            'teach': 'core data flux latents metrics phantom preprocess sdxl stats training', 'ablation': 'core sdxl stats teach',
            'run': 'core', 'site': 'core claims tables'}
