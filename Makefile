@@ -41,8 +41,8 @@ bench: install ## Time what claims to be fast, beside what it is to be faster th
 lab: install ## Open the notebooks in JupyterLab, with the parameters of PROFILE
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 $(IN)jupyter lab nbs --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 
-site: install ## Render the site into _docs
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site
+site: install ## Render the site into _docs, with the committed run or RUN=_runs/NAME
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site $(if $(RUN),--run "$(RUN)")
 
 readme: install ## Write README.md from nbs/index.ipynb
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site --readme

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['REFERENCE', 'TRIED', 'trials', 'ablate', 'answers', 'answers_figure']
 
-# %% ../nbs/39_ablation.ipynb #acc040d8
+# %% ../nbs/39_ablation.ipynb #108daacb
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import replacing
 from .sdxl import train_sdxl
 from .stats import cluster_bootstrap
-from .teach import Twins, arms, curves_of, judged_films, twins
+from .teach import arms, curves_of, judged_films, twins
 
 # %% ../nbs/39_ablation.ipynb #35fc22ca
 REFERENCE = dict(lr=5e-4, text_lr=1e-3, batch=4, optimizer='adafactor', dtype='float32', stochastic_rounding=False, unmasked_weight=.4, lora_rank=0)

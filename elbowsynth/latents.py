@@ -6,7 +6,7 @@
 __all__ = ['Pairs', 'inpaint_pairs', 'toy_pairs', 'read_layout', 'write_layout', 'moved', 'numbers', 'variant', 'masked_image',
            'cell_mask', 'smeared_mask', 'kept', 'weights_digest', 'encoded']
 
-# %% ../nbs/19_latents.ipynb #1948f530
+# %% ../nbs/19_latents.ipynb #7ce2e140
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from .core import digest, replacing
 from .data import caption, load_images, read_image, read_pairs, write_png
-from .training import to_signed
 
 # %% ../nbs/19_latents.ipynb #71525ac3
 class Pairs(NamedTuple):

@@ -7,8 +7,8 @@ __all__ = ['AUTOENCODER', 'CLIP_L', 'REAL', 'KEPT', 'bare_net', 'real_nets', 'we
            'own_nets', 'compare_headers', 'moments_of', 'adapters_in', 'largest_block', 'memory_plan', 'memory_table',
            'disk_plan']
 
-# %% ../nbs/17_sizes.ipynb #373de31d
-import json, struct
+# %% ../nbs/17_sizes.ipynb #a6bec553
+import json
 from pathlib import Path
 import pandas as pd, torch
 

@@ -110,14 +110,22 @@ def test_fused_by_a_compiler_is_the_same():
 # Whole trainings
 
 def train(model, out, epochs=5, **more):
-    "Five steps of a small model with every part in float64, dropout and recomputation included; a film of one test pair is drawn"
+    "Five steps of a small model with every part in float64, recomputation included; a film of one test pair is drawn"
     from elbowsynth.inpaint import toy_pairs
     from elbowsynth.latents import Pairs
     import importlib
     pairs = toy_pairs(4)
     tune = getattr(importlib.import_module(f'elbowsynth.{model}'), f'train_{model}')
-    return tune(pairs, Pairs(*(o[:1] for o in pairs)), out, base=f'tiny-{model}-random', dtype='float64', vae_dtype='float64', epochs=epochs, every=5, boost_epochs=0, batch=4, lr=RATE, text_lr=RATE,
+    return tune(pairs, Pairs(*(o[:1] for o in pairs)), out, base=str(Path(out).parent/'base'), dtype='float64', vae_dtype='float64', epochs=epochs, every=5, boost_epochs=0, batch=4, lr=RATE, text_lr=RATE,
                 steps=2, validate=0, unmasked_probability=.3, device='cpu', **more)
+
+def base_of(model, folder):
+    "A small base without dropout, which every process draws for its own films"
+    import importlib
+    pipe = getattr(importlib.import_module(f'elbowsynth.{model}'), f'load_{model}')(f'tiny-{model}-random')
+    for net in (pipe.text_encoder, pipe.text_encoder_2):
+        if hasattr(net.config, 'dropout_rate'): net.config.dropout_rate = 0.
+    pipe.save_pretrained(folder)
 
 def train_in_two(out, *models):
     "What each process does: replicas, shares, and shares that go on after three steps"
@@ -132,6 +140,7 @@ def weights(out): return {k: v for k,v in load_file(Path(out)/'checkpoint.safete
 def trained(request, tmp_path_factory):
     "A model's weights: one process, and each way of two"
     out = tmp_path_factory.mktemp(request.param)
+    base_of(request.param, out/request.param/'base')
     launch('train_in_two', out, request.param)
     train(request.param, out/request.param/'one')
     return {k: weights(out/request.param/k) for k in ('one', 'replicas', 'shares', 'resumed')}
