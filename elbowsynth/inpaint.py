@@ -264,7 +264,7 @@ def at_work(
         pipe.vae = vae
         for m,device in before.items(): m.to(device)
 
-# %% ../nbs/20_inpaint.ipynb #3d89fa50
+# %% ../nbs/20_inpaint.ipynb #694fa5c6
 def draw_films(
     pipe, # An inpainting pipeline
     images:np.ndarray, # (n, size, size) uint8
@@ -282,14 +282,14 @@ def draw_films(
     "Draw into the holes of films"
     films, size, left, crew = np.zeros_like(images), images.shape[-1], films_left(names, batch, keep), crew or Crew()
     wait(crew)                                                          # all have seen what is left before anybody draws
-    mine = (left+left[:1]*(-len(left)%crew.world))[crew.rank::crew.world]   # as many batches for each
+    mine = [*enumerate(left+left[:1]*(-len(left)%crew.world))][crew.rank::crew.world]   # as many batches for each; one that is drawn twice is written once
     with at_work(pipe, mixed):
-        for i in progress(mine, f'Films of {type(pipe).__name__}', limit=limit):
+        for k,i in progress(mine, f'Films of {type(pipe).__name__}', limit=limit):
             x, m = (torch.from_numpy(a[i:i+batch])[:, None]/255 for a in (images, masks))
             drawn = pipe(prompt=list(captions[i:i+batch]), image=x.expand(-1, 3, -1, -1), mask_image=m, height=size, width=size, output_type='pt',
                          generator=[numbers(seed, n) for n in names[i:i+batch]], **call).images
             films[i:i+batch] = to_bytes(drawn.float().mean(1, keepdim=True)*2-1)
-            if keep: [write_png(Path(keep)/f'{n}.png', f) for n,f in zip(names[i:i+batch], films[i:i+batch])]
+            if keep and k<len(left): [write_png(Path(keep)/f'{n}.png', f) for n,f in zip(names[i:i+batch], films[i:i+batch])]
     wait(crew)
     return np.stack([read_image(Path(keep)/f'{n}.png') for n in names]) if keep else films
 
