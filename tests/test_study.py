@@ -81,7 +81,7 @@ def test_scores_are_those_of_another_library(smoke):
     assert scores.ssim.between(-1, 1).all() and scores.ms_ssim.between(-1, 1).all() and not scores.isna().any().any()
     row = scores[(scores.model=='sdxl') & (scores.kind=='samples')].iloc[-1]
     size = json.loads((smoke['run']/'metrics'/'stage.json').read_text())['values']['size']
-    read = lambda p: torch.from_numpy(cv2.imread(str(p), 0)/255.)[None, None]
+    read = lambda p: torch.from_numpy(cv2.resize(cv2.imread(str(p), 0), (size, size), interpolation=cv2.INTER_LINEAR)/255.)[None, None]     # as they are, or enlarged
     real, fake = read(smoke['run']/'images'/f'{row.pair.split("__")[0]}.png'), read(smoke['run']/'sdxl'/'samples'/f'{row.epoch:04d}'/f'{row.pair}.png')
     assert real.shape[-1]==size
     assert abs(float(piq.ssim(real, fake, data_range=1.))-row.ssim)<1e-4
