@@ -149,7 +149,7 @@ def fell(
     first, last = (checks[checks.epoch==e].set_index(['base', 'arm', 'seed']).inside for e in (checks.epoch.min(), checks.epoch.max()))
     return pd.DataFrame({'before': first, 'after': last, 'fell': last<first}).reset_index()
 
-# %% ../nbs/38_teach.ipynb #fe30b96c
+# %% ../nbs/38_teach.ipynb #32977afa
 def lesson_figure(
     films:pd.DataFrame, # As `teach` gives it
     checks:pd.DataFrame, # As `curves_of` gives it
@@ -171,7 +171,7 @@ def lesson_sheet(
     out:Path, # As of `teach`
     base:str, # A key of `TRAIN`
     t:Twins, # The films that were drawn into
-    which:list, # Some of them
+    which, # Numbers of some of them
     seed:int=0, # Whose trainings
 )->tuple[list,list]: # Images and titles, for `show_images`, six in a row
     "Injured, healthy, mask; what the untrained base, the control and the taught model drew"
