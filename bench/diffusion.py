@@ -57,7 +57,7 @@ def optimizer_rows(quick, repeats):
     rows = []
     for model,dtype,rounding in (('flux', torch.float32, False), ('flux', torch.bfloat16, False), ('flux', torch.bfloat16, True), ('sdxl', torch.float32, False)):
         shapes = [tuple(max(1, s//8) if s>8 else s for s in shape) for shape in SHAPES[model]] if quick else SHAPES[model]
-        params = weights_like(shapes, 1e6 if quick else 9e7, dtype)
+        params = weights_like(shapes, 1e6 if quick else 1e8, dtype)
         n = sum(p.numel() for p in params)
         ours, theirs = Adafactor(params, 1e-5, stochastic_rounding=rounding), Theirs(params, lr=1e-5, scale_parameter=False, relative_step=False)
         took = taking_turns({'ours': ours.step, 'theirs': theirs.step}, repeats)
@@ -113,6 +113,7 @@ def filled(model, dtype, quick):
         with torch.no_grad():
             for n,p in net.named_parameters(): p.fill_(1) if n.endswith('norm.weight') else p.normal_(std=.02)
             for b in net.buffers(): b.copy_(torch.arange(b.numel()).view(b.shape)) if not b.is_floating_point() else b.zero_()
+        if hasattr(net, 'tie_weights'): net.tie_weights()               # T5's words, which to_empty made two of
         (getattr(net, 'enable_gradient_checkpointing', None) or net.gradient_checkpointing_enable)()
         nets[name] = net.train()
     return nets

@@ -42,7 +42,7 @@ def tiny_flux(
         vae = tiny_vae(16, scaling_factor=3., shift_factor=.1159, use_quant_conv=False, use_post_quant_conv=False)
         return FluxFillPipeline(steps, vae, tiny_clip(CLIPTextModel, words), words, t5, pieces, transformer)
 
-# %% ../nbs/22_flux.ipynb #f6bf2c73
+# %% ../nbs/22_flux.ipynb #5c39d221
 def load_flux(
     base:str='black-forest-labs/FLUX.1-Fill-dev', # A folder, a name on the hub (FLUX.1 [dev] Non-Commercial License), `tiny-flux`, or `tiny-flux-random`
     dtype='bfloat16', # Of all nets but the autoencoder (Table 7); or part to type, with a `default`
@@ -52,9 +52,6 @@ def load_flux(
     "The pipeline to start from, or one that was trained before"
     from diffusers import FluxFillPipeline
     pipe = settled(tiny_flux(), dtype, device) if random_base(base, 'flux') else open_base(FluxFillPipeline, base, dtype, device)
-    wanted = 4*(2*pipe.vae.config.latent_channels+pipe.vae_scale_factor**2)
-    if pipe.transformer.config.in_channels!=wanted: raise ValueError(
-        f'{base} has a transformer of {pipe.transformer.config.in_channels} input channels: it is no fill model, which has {wanted}')
     if lora: pipe.load_lora_weights(lora)
     return pipe
 

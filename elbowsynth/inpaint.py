@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'composite', 'masked_mse', 'inert', 'inert_rows', 'settle_options', 'base_faults', 'shipped', 'base_folder',
-           'tiny_clip_tokenizer', 'tiny_clip', 'tiny_vae', 'random_base', 'part_types', 'settled', 'open_base',
-           'films_left', 'at_work', 'draw_films', 'Crew', 'crew_of', 'wait', 'add_pathology', 'draw_epoch',
+           'tiny_clip_tokenizer', 'tiny_clip', 'tiny_vae', 'random_base', 'part_types', 'settled', 'takes_masks',
+           'open_base', 'films_left', 'at_work', 'draw_films', 'Crew', 'crew_of', 'wait', 'add_pathology', 'draw_epoch',
            'boosted_milestones', 'latest_checkpoint', 'keep_epochs', 'Batch', 'make_batch', 'Kind', 'read_texts',
-           'batch_loss', 'hole_error', 'mixed_type', 'mixing', 'choose', 'gathered', 'Learned', 'Learner', 'share_out',
-           'rates', 'clipped_norm', 'Average', 'needs', 'say_needs', 'plain_copy', 'save_lora', 'save_model', 'begin',
-           'keep_state', 'optimizer_of', 'write_step', 'judged_steps', 'stop_steps', 'cause_of', 'model_of',
-           'fine_tune', 'masked_losses', 'epoch_sheet', 'options_of', 'train_from', 'Pairs', 'inpaint_pairs',
-           'toy_pairs', 'masked_image', 'cell_mask', 'write_layout', 'stochastic_round']
+           'batch_loss', 'hole_error', 'mixed_type', 'mixing', 'choose', 'gathered', 'shared_out', 'Learned', 'Learner',
+           'share_out', 'rates', 'clipped_norm', 'Average', 'needs', 'say_needs', 'plain_copy', 'save_lora',
+           'save_model', 'begin', 'keep_state', 'optimizer_of', 'write_step', 'judged_steps', 'stop_steps', 'cause_of',
+           'model_of', 'fine_tune', 'masked_losses', 'epoch_sheet', 'options_of', 'train_from', 'Pairs',
+           'inpaint_pairs', 'toy_pairs', 'masked_image', 'cell_mask', 'write_layout', 'stochastic_round']
 
 # %% ../nbs/20_inpaint.ipynb #3db4ddae
 import argparse, contextlib, copy, glob, inspect, json, os, shutil, time
@@ -57,42 +57,45 @@ RECIPES = {
     'corrected': dict(weighs=True, soft=False, spreads=True, frozen=False, rounds=True, lag=0., flip=0., warm_up=0, clip=0., guidance=30., t5_length=512),
     'onetrainer-2025': dict(weighs=False, soft=True, spreads=False, frozen=True, rounds=False, lag=.001, flip=.5, warm_up=200, clip=1., guidance=1., t5_length=77)}
 
-# %% ../nbs/20_inpaint.ipynb #cd45986d
+# %% ../nbs/20_inpaint.ipynb #6861b606
 def inert(
     o:dict, # Arguments of a training, by name
     paper:dict, # What they are by default
 )->list[str]: # Empty if every option that was set does something
     "Options that were set and would have no effect"
-    r, texts = RECIPES[o['recipe']], 'trained' in (o['text_encoder'], o['text_encoder_2'])
+    r, texts, relative = RECIPES[o['recipe']], 'trained' in (o['text_encoder'], o['text_encoder_2']), 'relative steps have no learning rate'
     half = 'bfloat16' in ([o['prior_dtype'] or o['dtype']]*o['train_net']+[o['text_dtype'] or o['dtype']]*texts)
     rules = [('unmasked_weight', not r['weighs'] and not o['normalize'], f'the recipe {o["recipe"]} has a plain mean over the whole film'),
              ('stochastic_rounding', not r['rounds'], f'the recipe {o["recipe"]} rounds to the nearest, as the tool did'),
              ('stochastic_rounding', not half or o['lora_rank'], 'nothing that learns is bfloat16'),
+             ('output_dtype', o['lora_rank'], 'adapters keep their type'), ('normalize', o['unmasked_weight']==1, 'all weights are one'),
              ('gamma', o['loss_weight']!='min-snr', 'it belongs to the loss weight min-snr'),
              *[(k, not texts, 'neither text encoder learns') for k in ('text_lr', 'text_epochs')],
-             *[(k, not o['train_net'], 'only text encoders learn') for k in ('lr', 'net_epochs', 'lora_rank')],
-             *[(k, o['optimizer']!='adafactor', 'it belongs to Adafactor') for k in ('decay_rate', 'scale_parameter', 'relative_step', 'warmup_init')],
-             ('warmup_init', not o['relative_step'], 'it belongs to relative steps'), ('lr', o['relative_step'], 'relative steps have no learning rate')]
+             *[(k, not o['train_net'], 'only text encoders learn') for k in ('lr', 'boost_lr', 'net_epochs', 'lora_rank')],
+             *[(k, o['optimizer']!='adafactor', 'it belongs to Adafactor') for k in ('decay_rate', 'scale_parameter', 'relative_step', 'warmup_init', 'stochastic_rounding')],
+             ('warmup_init', not o['relative_step'], 'it belongs to relative steps'),
+             *[(k, o['relative_step'], relative) for k in ('lr', 'text_lr', 'boost_lr', 'scheduler', 'warm_up')]]
     return list(dict.fromkeys(f'{k}={o[k]!r} has no effect: {why}' for k,none,why in rules if none and o[k]!=paper[k]))
 
-# %% ../nbs/20_inpaint.ipynb #e14d8a03
+# %% ../nbs/20_inpaint.ipynb #6d7836db
 def inert_rows(
     o:dict, # Arguments of a training, by name
 )->list[str]: # Names of parameters
     "Rows of Table 7 that, at the values they have, do nothing in a recipe"
     r = RECIPES[o['recipe']]
     rows = {'unmasked_weight': not r['weighs'] and not o['normalize'], 'gamma': o['loss_weight']!='min-snr', 'warmup_init': not o['relative_step'],
-            'stochastic_rounding': o['stochastic_rounding'] and not r['rounds']}
+            'stochastic_rounding': o['stochastic_rounding'] and (not r['rounds'] or o['optimizer']!='adafactor')}
     return [k for k,none in rows.items() if none]
 
-# %% ../nbs/20_inpaint.ipynb #553f2da2
+# %% ../nbs/20_inpaint.ipynb #c3c6022e
 def settle_options(
     o:dict, # Arguments of a training, by name
     paper:dict, # What they are by default
     world:int=1, # Processes that share the work
 )->dict: # `o`, with all that was left to the recipe or to `dtype`
     "Fill in what a recipe decides; refuse at once all that makes no sense"
-    choices = {'recipe': [*RECIPES], 'optimizer': ['adafactor', 'adamw'], 'scheduler': ['constant', 'linear', 'cosine'], 'loss_weight': ['constant', 'min-snr', 'sigma'],
+    choices = {'recipe': [*RECIPES], 'optimizer': ['adafactor', 'adamw'], 'scheduler': ['constant', 'linear', 'cosine'], 'loss_scaler': ['none', 'batch'],
+               'loss_weight': ['constant', 'sigma' if 't5_length' in o else 'min-snr'],
                **{k: ['trained', 'frozen', 'offloaded'] for k in ('text_encoder', 'text_encoder_2')}}
     bad = [f'{k} is {o[k]!r}, while it may be {", ".join(c)}' for k,c in choices.items() if o[k] not in c]
     if bad: raise ValueError('; '.join(bad))
@@ -106,7 +109,9 @@ def settle_options(
     if o.get('shard') and o['optimizer']!='adafactor': bad.append('shard wants Adafactor, whose moments can be put together again')
     if o['fused_back_pass'] and (world>1 or o['optimizer']!='adafactor' or o['clip'] or RECIPES[o['recipe']]['clip']): bad.append(
         'fused_back_pass wants one process, Adafactor, and gradients that are not clipped: it knows a gradient at a time')
-    if not o['train_net'] and 'trained' not in (o['text_encoder'], o['text_encoder_2']): bad.append('nothing is to learn: set train_net, text_encoder or text_encoder_2')
+    ends = [o['net_epochs']]*o['train_net']+[o['text_epochs']]*('trained' in (o['text_encoder'], o['text_encoder_2']))
+    if not ends: bad.append('nothing is to learn: set train_net, text_encoder or text_encoder_2')
+    elif max(ends)<o['epochs']: bad.append(f'of {o["epochs"]} epochs, nothing learns in those after the first {max(ends)}: raise net_epochs, or text_epochs, too')
     if bad: raise ValueError('; '.join(bad))
     recipe = RECIPES[o['recipe']]
     return o | {k: v for k,v in recipe.items() if not o.get(k)} | types | {'stochastic_rounding': o['stochastic_rounding'] and recipe['rounds']}
@@ -134,7 +139,7 @@ def shipped(
     folder = Path(elbowsynth.__path__[0])/'tiny'/base
     return folder.is_dir() and not base_faults(folder)
 
-# %% ../nbs/20_inpaint.ipynb #97e5623e
+# %% ../nbs/20_inpaint.ipynb #09c7f6b2
 def base_folder(
     base:str, # A folder (relative ones lie below the checkout), or a name on the hub
     kind:type, # The pipeline's class
@@ -153,10 +158,11 @@ def base_folder(
         cached = Path(snapshot_download(base, local_files_only=True))
         if not base_faults(cached): return cached
     except (OSError, ValueError): pass                                  # not in the cache, or no name that a hub could know
-    try: HfApi().model_info(base, timeout=timeout)
+    try:
+        HfApi().model_info(base, timeout=timeout)
+        return Path(kind.download(base, use_safetensors=True))
     except Exception as e: raise FileNotFoundError(f'the base model {base!r} is missing: there is no such folder ({root()/base}), the cache {constants.HF_HUB_CACHE} '
-                                                   f'does not hold all of it, and the hub does not give it ({type(e).__name__}). {how}') from None
-    return Path(kind.download(base, use_safetensors=True))
+                                                   f'does not hold all of it, and the hub does not give it ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no reason given"}). {how}') from None
 
 # %% ../nbs/20_inpaint.ipynb #dcf3a515
 def tiny_clip_tokenizer():
@@ -223,7 +229,17 @@ def settled(
         if isinstance(net, torch.nn.Module): net.to(device, part_types(dtype).get(name, part_types(dtype)['default'])).requires_grad_(name!='vae').eval()
     return pipe
 
-# %% ../nbs/20_inpaint.ipynb #70c1a62b
+# %% ../nbs/20_inpaint.ipynb #c423d5fc
+def takes_masks(
+    folder:Path, # Where a pipeline was saved
+):
+    "Refuse, before any weight is read, a base whose net has no channels for a hole and for the film around it"
+    says = {p.parent.name: json.loads(p.read_text()) for p in Path(folder).glob('*/config.json')}
+    cells, doublings = says['vae'].get('latent_channels', 4), len(says['vae'].get('block_out_channels', [64]))-1
+    for net,word,wanted in (('unet', 'inpainting', 2*cells+1), ('transformer', 'fill', 4*(2*cells+4**doublings))):
+        if net in says and says[net].get('in_channels')!=wanted: raise ValueError(
+            f'{folder} has a {net} of {says[net].get("in_channels")} input channels: it is no {word} model, which has {wanted}')
+
 def open_base(
     kind:type, # The pipeline's class
     base:str, # A folder, or a name on the hub
@@ -234,6 +250,7 @@ def open_base(
     "A pretrained pipeline, from safetensors whose headers were compared with their configurations"
     from elbowsynth.sizes import compare_headers
     lies = base_folder(base, kind)
+    takes_masks(lies)
     compare_headers(lies)
     return settled(kind.from_pretrained(lies, dtype=part_types(dtype), use_safetensors=True,
                                         local_files_only=True, **options), dtype, device)
@@ -518,22 +535,28 @@ def choose(
                                                                 target_modules=['to_k', 'to_q', 'to_v', 'to_out.0'] if k==kind.net else ['q_proj', 'k_proj', 'v_proj', 'out_proj']))
     return {k: getattr(pipe, k) for k in learn}
 
-# %% ../nbs/20_inpaint.ipynb #a45fcdb7
+# %% ../nbs/20_inpaint.ipynb #d405db06
 def gathered(
     t:torch.Tensor, # Maybe one that lies in parts on several GPUs
 )->torch.Tensor: # On the CPU
     "A tensor as it is on one GPU; all processes have to ask"
     return (t.full_tensor() if hasattr(t, 'full_tensor') else t).detach().cpu()
 
-# %% ../nbs/20_inpaint.ipynb #32f3bed5
+def shared_out(
+    saved:torch.Tensor, # Whole, as a checkpoint has it
+    p:torch.Tensor, # Maybe one that lies in parts on several GPUs
+)->torch.Tensor: # Where `p` lies, and in such parts
+    "The way back"
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(saved.to(p.device), p.device_mesh, p.placements) if hasattr(p, 'device_mesh') else saved
+
+# %% ../nbs/20_inpaint.ipynb #a87e5125
 class Learned:
     "What learns in a network, as a checkpoint sees it"
     def __init__(self, net): self.params = {n: p for n,p in net.named_parameters() if p.requires_grad}
     def state_dict(self): return {n: gathered(p) for n,p in self.params.items()}
     @torch.no_grad()
-    def load_state_dict(self, saved):
-        from torch.distributed.tensor import distribute_tensor
-        for n,p in self.params.items(): p.copy_(distribute_tensor(saved[n].to(p.device), p.device_mesh, p.placements) if hasattr(p, 'device_mesh') else saved[n])
+    def load_state_dict(self, saved): [p.copy_(shared_out(saved[n], p)) for n,p in self.params.items()]
 
 # %% ../nbs/20_inpaint.ipynb #b115f189
 class Learner(torch.nn.Module):
@@ -582,7 +605,7 @@ def clipped_norm(
     if most: [g.mul_((most/(norm+1e-6)).clamp(max=1).to(g.dtype)) for g in grads]
     return norm
 
-# %% ../nbs/20_inpaint.ipynb #5c4a7e0f
+# %% ../nbs/20_inpaint.ipynb #257c9bb1
 class Average:
     "A running mean of weights (EMA), in float32; off in Table 7"
     def __init__(self,
@@ -595,7 +618,8 @@ class Average:
         "After a step"
         for n,p in self.params.items(): self.means[n].lerp_(p.detach().float(), 1-self.decay)
     def state_dict(self): return {n: gathered(t) for n,t in self.means.items()}
-    def load_state_dict(self, saved): [self.means[n].copy_(t) for n,t in saved.items()]
+    @torch.no_grad()
+    def load_state_dict(self, saved): [m.copy_(shared_out(saved[n], m)) for n,m in self.means.items()]
     @contextlib.contextmanager
     @torch.no_grad()
     def used(self):
@@ -623,7 +647,7 @@ def needs(
     variants = (2 if o['flip'] else 1)*(9 if o['shift'] else 1)
     return {'memory': weights+sum(map(size, params))+moments+means, 'disk': saved*(2+(o['boost_epochs']>0))+model*2+films*variants*4*latents*bool(o['cache'])}
 
-# %% ../nbs/20_inpaint.ipynb #7af2f7af
+# %% ../nbs/20_inpaint.ipynb #f948717d
 def say_needs(
     bytes:dict, # As `needs` gives it
     out:Path, # Where to
@@ -632,8 +656,9 @@ def say_needs(
 ):
     "Tell what a large run needs, and stop where the disk has less"
     memory, disk, free = bytes['memory']/(crew.world if shared else 1), bytes['disk'], shutil.disk_usage(Path(out).parent).free
+    there = sum(p.stat().st_size for p in Path(out).rglob('*') if p.is_file())
     if crew.rank==0 and max(memory, disk)>1e9: print(f'{Path(out).name}: {memory/1e9:.1f} GB of memory in each process for weights, gradients and moments, activations on top; {disk/1e9:.1f} GB of disk')
-    if disk>free: raise OSError(f'{Path(out).name} wants up to {disk/1e9:.1f} GB on a disk that has {free/1e9:.1f} GB left: make room, or give another `run`')
+    if disk-there>free: raise OSError(f'{Path(out).name} wants up to {disk/1e9:.1f} GB on a disk that has {free/1e9:.1f} GB left: make room, or give another `run`')
 
 # %% ../nbs/20_inpaint.ipynb #a8f879f2
 def plain_copy(
@@ -682,7 +707,7 @@ def save_model(
         part.rename(folder)
     wait(crew)
 
-# %% ../nbs/20_inpaint.ipynb #67902496
+# %% ../nbs/20_inpaint.ipynb #b456b680
 def begin(
     pipe, # A pipeline
     kind:Kind,
@@ -706,7 +731,7 @@ def begin(
     cells = (train.images.shape[-1]//getattr(pipe, 'vae_scale_factor', 8))**2*pipe.vae.config.latent_channels
     say_needs(needs(pipe, nets, o, len(train.names)+len(test.names), 4*cells), out, crew, o['shard'])
     if o['shard']: share_out(nets, crew)
-    return nets, known, {'keep': keep, 'key': weights_digest(pipe.vae) if keep else ''}
+    return nets, known, {'keep': keep, 'key': digest(weights_digest(pipe.vae), *[getattr(pipe.vae.config, k, None) for k in ('scaling_factor', 'shift_factor')]) if keep else ''}
 
 # %% ../nbs/20_inpaint.ipynb #72c63d3d
 def keep_state(
@@ -735,7 +760,7 @@ def optimizer_of(
     if o['optimizer']=='adamw': return torch.optim.AdamW(groups, o['lr'])
     return Adafactor(groups, None if o['relative_step'] else o['lr'], seed=o['seed'], **{k: o[k] for k in ('decay_rate', 'stochastic_rounding', 'scale_parameter', 'relative_step', 'warmup_init')})
 
-# %% ../nbs/20_inpaint.ipynb #842ea0ea
+# %% ../nbs/20_inpaint.ipynb #ac06d03a
 def write_step(
     log, # A `Log`, or None where another process writes
     step:int, # Steps done
@@ -746,15 +771,17 @@ def write_step(
     lrs:list, # Learning rates
     seconds:float, # That a step took, on average
     left:int, # Steps to go
+    due:bool, # Whether this process would write a checkpoint
     crew:Crew,
-):
+)->bool: # Whether any process would: they write together
     "A line of the log: over all processes, and refused if the loss is no number"
-    found = torch.stack([loss[0].detach().mean().double(), *loss[1].double().mean(0), films.cells.double().mean(), films.wholly.double().mean()])
+    found = torch.stack([loss[0].detach().mean().double(), *loss[1].double().mean(0), films.cells.double().mean(), films.wholly.double().mean(), loss[0].new_tensor(due).double()])
     if crew.accelerator: found = crew.accelerator.reduce(found, 'mean')
-    value, inside, cells, outside, others, area, share = found.tolist()
+    value, inside, cells, outside, others, area, share, asked = found.tolist()
     if not np.isfinite(value): raise FloatingPointError(f'the loss of step {step} is {value}. The last checkpoint is from before that: go on from it with a lower learning rate, or clip gradients')
     if log: log.write(step, epoch=epoch, loss=value, inside=inside/cells if cells else None, outside=outside/others if others else None, area=area, wholly=share,
                       gradient=norm, lr=lrs[0], text_lr=lrs[1], seconds=seconds, left=seconds*left)
+    return asked>0
 
 # %% ../nbs/20_inpaint.ipynb #64e38678
 def judged_steps(
@@ -791,7 +818,7 @@ def model_of(
     path = Path(out)/'model'/'trained.json'
     return path.exists() and json.loads(path.read_text())['steps']==step
 
-# %% ../nbs/20_inpaint.ipynb #b6eab382
+# %% ../nbs/20_inpaint.ipynb #c9dd3aa6
 def fine_tune(
     load, # Called with a device: the pipeline to start from, called only if there is something to do
     kind:Kind, # The model's own
@@ -843,8 +870,8 @@ def fine_tune(
         opt.step()
         opt.zero_grad()
         mean.update()
-        write_step(log, step, step*batch/n, loss, films, norm, lrs, (time.monotonic()-began)/(step-start), last-step, crew)
-        if step in marks or time.monotonic()-saved>1800:                # half an hour is the most that a kill costs
+        due = step in marks or time.monotonic()-saved>1800              # half an hour is the most that a kill costs
+        if write_step(log, step, step*batch/n, loss, films, norm, lrs, (time.monotonic()-began)/(step-start), last-step, due, crew):
             keep_state(out/f'{"boosted" if step>plain else "checkpoint"}.safetensors', parts, opt, crew, step=step, plain=plain)
             saved = time.monotonic()
         if step in marks: look(step)

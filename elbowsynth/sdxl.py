@@ -32,7 +32,7 @@ def tiny_sdxl(
         return StableDiffusionXLInpaintPipeline(tiny_vae(4, scaling_factor=4.), tiny_clip(CLIPTextModel, words), tiny_clip(CLIPTextModelWithProjection, words),
                                                 words, words, unet, steps, add_watermarker=False)
 
-# %% ../nbs/21_sdxl.ipynb #aef3c009
+# %% ../nbs/21_sdxl.ipynb #e51ba860
 def load_sdxl(
     base:str='diffusers/stable-diffusion-xl-1.0-inpainting-0.1', # A folder, a name on the hub (CreativeML OpenRAIL++-M), `tiny-sdxl`, or `tiny-sdxl-random`
     dtype='float32', # Of all nets but the autoencoder (Table 7); or part to type, with a `default`
@@ -42,8 +42,6 @@ def load_sdxl(
     "The pipeline to start from, or one that was trained before"
     from diffusers import StableDiffusionXLInpaintPipeline
     pipe = settled(tiny_sdxl(), dtype, device) if random_base(base, 'sdxl') else open_base(StableDiffusionXLInpaintPipeline, base, dtype, device, add_watermarker=False)
-    if pipe.unet.config.in_channels!=2*pipe.vae.config.latent_channels+1: raise ValueError(
-        f'{base} has a U-Net of {pipe.unet.config.in_channels} input channels: it is no inpainting model, which has {2*pipe.vae.config.latent_channels+1}')
     if lora: pipe.load_lora_weights(lora)
     return pipe
 

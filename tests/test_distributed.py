@@ -117,7 +117,7 @@ def train(model, out, epochs=5, **more):
     pairs = toy_pairs(4)
     tune = getattr(importlib.import_module(f'elbowsynth.{model}'), f'train_{model}')
     return tune(pairs, Pairs(*(o[:1] for o in pairs)), out, base=str(Path(out).parent/'base'), dtype='float64', vae_dtype='float64', epochs=epochs, every=5, boost_epochs=0, batch=4, lr=RATE, text_lr=RATE,
-                steps=2, validate=0, unmasked_probability=.3, device='cpu', **more)
+                steps=2, validate=0, unmasked_probability=.3, device='cpu', ema=.5, **more)
 
 def base_of(model, folder):
     "A small base without dropout, which every process draws for its own films"
@@ -149,10 +149,11 @@ def apart(a, b): return {k: (a[k]-b[k]).abs().max().item()/RATE for k in a if no
 
 @pytest.mark.parametrize('way', ['replicas', 'shares', 'resumed'])
 def test_two_processes_train_as_one(trained, way):
-    one, two = trained['one'], trained[way]
+    (one, mean), (two, mean_two) = ([{k: v for k,v in trained[w].items() if k.startswith('ema/')==e} for e in (False, True)] for w in ('one', way))
     assert one.keys()==two.keys() and {v.dtype for v in one.values()}=={torch.float64}
     far = apart(one, two)
     assert max(far.values())<1e-6, sorted(((v, k) for k,v in far.items()), reverse=True)[:9]        # in steps of the learning rate
+    assert mean and mean.keys()==mean_two.keys() and max(apart(mean, mean_two).values())<1e-2       # running means are in float32
 
 def test_the_difference_would_be_seen(trained):
     "Weights have moved by about five steps, so that a rank that trains on other films shows"
