@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from .figures import NAMES
 from .tables import as_markdown, read_results, score
 
-# %% ../nbs/37_claims.ipynb #ccb52000
+# %% ../nbs/37_claims.ipynb #3e9775ad
 def hurdles(
     models:list[str], # That the claim is about
     values:dict[str,dict], # Stage to the values of its parameters
@@ -27,17 +27,18 @@ def hurdles(
     return ['made-up films']*made_up + ['films of unknown origin']*unknown + [f'stand-in bases ({name(tiny)})']*bool(tiny) + [f'fewer than three seeds ({name(few)})']*bool(few)
 
 def verdict(
-    leans, # True for the claim, False against it, None if it was not measured
+    leans, # True for the claim, False against it, `tie` for neither, None if it was not measured
     missing:list[str], # As `hurdles` gives it
 )->str:
     "Open, or holds, or does not hold"
     if leans is None: return 'open: not measured in this run'
+    if leans=='tie': return f'open ({"; ".join(["undecided: a tie", *missing])})'
     if not missing: return 'holds here' if leans else 'does not hold here'
     return f'open ({"leans to it" if leans else "leans away"}; {"; ".join(missing)})'
 
-# %% ../nbs/37_claims.ipynb #42e070de
+# %% ../nbs/37_claims.ipynb #f70f3c5b
 def share_of_rises(
-    values, # A score at its checkpoints
+    values, # A score at its trained checkpoints
 )->float: # From 0 to 1; NaN for fewer than two
     "How many of the steps go up"
     steps = np.diff(np.asarray(values, float))
@@ -63,7 +64,7 @@ def wobble(
     t = scores[(scores.model==model)&(scores.kind=='samples')&(scores.epoch>0)]
     return float(t.groupby('pair').ssim.std().mean()) if t.epoch.nunique()>1 else float('nan')
 
-# %% ../nbs/37_claims.ipynb #581fe5f3
+# %% ../nbs/37_claims.ipynb #3e7c7deb
 class Evidence:
     "The scores of a run, asked by model and metric"
     def __init__(self,
@@ -76,13 +77,13 @@ class Evidence:
         t = self.tables['best']
         t = t[(t.model==model)&(t.metric==metric)]
         return float(t.best.iloc[0]) if len(t) else float('nan')
-    def last(self, model, metric): # Of the checkpoint that validation chose, or the last
-        t = self.tables['choice']
-        t = t[(t.model==model)&(t.metric==metric)]
-        return float(t.chosen.fillna(t['last']).iloc[0]) if len(t) else float('nan')
-    def curve(self, model, boosted=False): # Checkpoints in order
+    def last(self, model, metric, kind='samples'): # Of the checkpoint that validation chose, or the last, both at the normal rate
+        t, c = self.curve(model, kind=kind).set_index('epoch')[metric], self.tables['choice']
+        chosen = c[(c.model==model)&(c.metric==metric)&c.chosen_epoch.isin(t.index)].chosen_epoch
+        return float('nan') if not len(t) else float(t[chosen.iloc[0]] if len(chosen) else t.iloc[-1])
+    def curve(self, model, boosted=False, kind='samples', trained=False): # Checkpoints in order
         t = self.tables['summary']
-        t = t[(t.model==model)&(t.kind=='samples')].sort_values('epoch')
+        t = t[(t.model==model)&(t.kind==kind)&(t.epoch>(0 if trained else -1))].sort_values('epoch')
         return t if boosted else t[t.epoch<=self.epochs(model)]
     def inside(self, model, region, kind='samples'): # SSIM in a region at the last checkpoint at the normal rate
         t = self.tables.get('regions', pd.DataFrame(columns=['model', 'kind', 'epoch', 'region', 'ssim_full']))
@@ -92,16 +93,17 @@ class Evidence:
         t = self.tables.get('sets', pd.DataFrame(columns=['model', 'kind', 'epoch', 'metric', 'value']))
         return t[(t.model==model)&(t.kind=='samples')&(t.metric==metric)&(t.epoch<=self.epochs(model))].sort_values('epoch').value.tolist()
     def epochs(self, model): return self.facts['values'].get(model, {}).get('epochs', 10**9)
-    def row(self, claim, where, decides, shown, leans, models):
-        missing = hurdles(models, self.facts['values'], self.seeds)
+    def row(self, claim, where, decides, shown, leans, models, settles=False): # `settles`: `shown` is what would decide it
+        missing = hurdles(models, self.facts['values'], self.seeds)+['deciding statistic not computed']*(not settles)
         return {'Claim': claim, 'Paper': where, 'What would decide it': decides, 'This run': shown, 'Verdict': verdict(leans, missing)}
 
-# %% ../nbs/37_claims.ipynb #0d53120f
+# %% ../nbs/37_claims.ipynb #3520cf1a
 def in_order(
     values:list[float], # What the claim puts in rising order
-): # True, False, or None if one is missing
+): # True, False, `tie` if only equal ones are in the way, or None if one is missing
     "Whether numbers rise"
-    return None if np.isnan(values).any() else bool((np.diff(values)>0).all())
+    steps = np.diff(values)
+    return None if np.isnan(values).any() else 'tie' if (steps>=0).all() and (steps==0).any() else bool((steps>0).all())
 
 def score_words(
     names:dict[str,float], # Name to number
@@ -110,39 +112,40 @@ def score_words(
     "Numbers with their names"
     return ', '.join(f'{k} {"not scored" if np.isnan(v) else score(v, metric)}' for k,v in names.items())
 
-# %% ../nbs/37_claims.ipynb #77f2023c
+# %% ../nbs/37_claims.ipynb #9ccc39b7
 def gan_claims(
     run:Evidence,
 )->list[dict]:
     "What the paper says about the GANs"
     gans = ['wgan_gp', 'ac_gan', 'tac_gan']
     ssim, mmd = ({NAMES[m]: run.last(m, k) for m in gans} for k in ('ssim', 'mmd2'))
-    start = {m: run.curve(m).ssim.tolist() for m in gans}
+    start = {m: run.curve(m, trained=True).ssim.tolist() for m in gans}
+    others = min(mmd['WGAN-GP'], mmd['TAC-GAN']) if not np.isnan(list(mmd.values())).any() else float('nan')
     falls = {NAMES[m]: v[-1]-max(v[:-1]) if len(v)>1 else float('nan') for m,v in start.items() if m!='wgan_gp'}
     moves = {NAMES[m]: wobble(run.tables['scores'], m) if 'scores' in run.tables else float('nan') for m in ('tac_gan', 'ac_gan')}
     return [run.row('TAC-GAN above AC-GAN above WGAN-GP', 'Section 5', 'SSIM of the checkpoint that validation chose: paired by film, three seeds each, corrected for three comparisons',
                     score_words(ssim), in_order(list(ssim.values())), gans),
             run.row('AC-GAN nearest by MMD', 'Section 5', 'unbiased MMD² with intervals by patient, three seeds', score_words(mmd, 'mmd2'),
-                    None if np.isnan(list(mmd.values())).any() else min(mmd, key=mmd.get)=='AC-GAN', gans),
+                    in_order([mmd['AC-GAN'], others]), gans),
             run.row('WGAN-GP learns slowly but steadily', 'Section 4.1', 'share of steps between checkpoints in which SSIM rises, over seeds',
-                    score_words({'share of rises': share_of_rises(start['wgan_gp'])}), None if len(start['wgan_gp'])<2 else share_of_rises(start['wgan_gp'])>.5, ['wgan_gp']),
+                    score_words({'share of rises': share_of_rises(start['wgan_gp'])}), in_order([.5, share_of_rises(start['wgan_gp'])]), ['wgan_gp']),
             run.row('AC-GAN and TAC-GAN get worse after their first checkpoint', 'Sections 4.1, 5', 'last SSIM less the best before it, trained checkpoints only, with an interval by patient', score_words(falls),
-                    None if np.isnan(list(falls.values())).any() else max(falls.values())<0, gans[1:]),
+                    None if np.isnan(list(falls.values())).any() else in_order([max(falls.values()), 0]), gans[1:]),
             run.row("AC-GAN's orientation is unstable, TAC-GAN's is not", 'Section 4.1', "agreement of a film's side and axis across checkpoints; until then, spread of a pair's SSIM between checkpoints",
                     score_words(moves), in_order(list(moves.values())), gans[1:]),
             run.row('GANs collapse above 256 pixels', 'Sections 3.3, 5', 'trainings at 256 and 512 pixels, three seeds each: share of collapsed ones, by spread within a class', 'one size', None, gans)]
 
-# %% ../nbs/37_claims.ipynb #dfd8205f
+# %% ../nbs/37_claims.ipynb #f3439fb0
 def diffusion_claims(
     run:Evidence,
 )->list[dict]:
     "What the paper says about the diffusion models, and about both arms"
     both = ['sdxl', 'flux']
-    ssim, mmd = ({NAMES[m]: run.last(m, k) for m in both} for k in ('ssim', 'mmd2'))
+    ssim, mmd = ({NAMES[m]: run.last(m, k, kind) for m in both} for k,kind in (('ssim', 'samples'), ('mmd2', 'raw')))
     hole, seam = ({NAMES[m]: run.inside(m, r, k) for m in both} for r,k in (('inside', 'samples'), ('ring', 'raw')))
     first = hole if not np.isnan(list(hole.values())).any() else ssim
-    rises = {NAMES[m]: share_of_rises(run.curve(m).ssim) for m in both}
-    sdxl = run.curve('sdxl')
+    rises = {NAMES[m]: share_of_rises(run.curve(m, trained=True).ssim) for m in both}
+    sdxl = run.curve('sdxl', trained=True)
     peak = int(sdxl.epoch.iloc[sdxl.ssim.argmax()]) if len(sdxl) else None
     boost = {NAMES[m]: boost_change(run.curve(m, True), 'ssim', run.epochs(m)) for m in both}
     variety = {c: run.of_set('flux', c) for c in ('recall', 'coverage', 'vendi')}
@@ -153,12 +156,12 @@ def diffusion_claims(
             run.row("FLUX's curve is the smoother one", 'Section 5', 'share of steps between checkpoints in which SSIM rises, over seeds', score_words(rises), in_order(list(rises.values())), both),
             run.row('FLUX blends, SDXL does not', 'Sections 4.2, 5', 'SSIM in a ring along the seam of raw films, paired by film', score_words(seam), in_order(list(seam.values())), both),
             run.row('SDXL is best at its first checkpoint', 'Section 4.2', 'epoch of the best SSIM, with a bootstrap over patients', 'not scored' if peak is None else f'epoch {peak} of {", ".join(map(str, sdxl.epoch))}',
-                    None if peak is None or len(sdxl)<3 else peak==sorted(sdxl.epoch)[1], ['sdxl']),
+                    None if len(sdxl)<2 else peak==sdxl.epoch.min(), ['sdxl']),
             run.row('The boosted rate makes FLUX worse: no ceiling yet', 'Section 5', 'change of SSIM over the boosted epochs, against going on at the normal rate as a control', score_words(boost)+' (no control)',
-                    None if np.isnan(boost['FLUX']) else boost['FLUX']<0, ['flux']),
+                    in_order([boost['FLUX'], 0]), ['flux']),
             run.row('A plateau of MMD is a sign of variety', 'Section 5', 'recall, coverage or Vendi score along training, beside an unbiased MMD² that reached its floor', shown, None, ['flux'])]
 
-# %% ../nbs/37_claims.ipynb #326cf602
+# %% ../nbs/37_claims.ipynb #02b3c22b
 def arm_claims(
     run:Evidence,
 )->list[dict]:
@@ -168,7 +171,7 @@ def arm_claims(
     top = {k: float(v) if len(t) and not pd.isna(v) else float('nan') for k,v in top.items()}
     every = ['wgan_gp', 'ac_gan', 'tac_gan', 'sdxl', 'flux']
     return [run.row('Diffusion above GANs', 'Sections 5, 6', 'no score of whole films can: both arms on the same region, inside the mask, against the same floors',
-                    'largest improvement of MMD² over noise: '+', '.join(f'{k} {"none" if np.isnan(v) else f"{v:.2f}"}' for k,v in top.items()), in_order(list(top.values())), every),
+                    'largest improvement of MMD² over noise: '+', '.join(f'{k} {"none" if np.isnan(v) else f"{v:.2f}"}' for k,v in top.items())+', which decides nothing', None, every),
             run.row('Synthetic films are good enough to train classifiers with', 'Sections 1.1, 6', 'accuracy on real films of a classifier trained with and without them', 'not tried, in the paper either', None, every)]
 
 def claims(

@@ -13,12 +13,16 @@ import numpy as np, torch
 import torch.nn.functional as F
 from .core import replacing
 
-# %% ../nbs/28_extractors.ipynb #72a95747
+# %% ../nbs/28_extractors.ipynb #2ec44b4c
 def as_films(
     films, # (n, h, w), floats in [0, 1]
     name:str='x', # What the message calls them
 )->torch.Tensor: # (n, h, w), float32, or float64 where that came in
     "`films` as the metrics want them; otherwise an error that says which film is wrong and how"
+    if isinstance(films, (list, tuple)):
+        sizes = ['x'.join(map(str, np.shape(f))) for f in films]
+        for i,o in enumerate(sizes):
+            if o!=sizes[0]: raise ValueError(f'film {i} of {name} is {o} pixels, film 0 is {sizes[0]}: bring them to one size')
     x = torch.as_tensor(films if torch.is_tensor(films) else np.ascontiguousarray(films))
     if x.ndim!=3: raise ValueError(f'{name} wants films as (n, h, w), not {tuple(x.shape)}')
     if not x.is_floating_point(): raise ValueError(f'{name} holds {str(x.dtype).split(".")[1]}: divide bytes by 255 and pass floats in [0, 1]')

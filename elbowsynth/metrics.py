@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'C1', 'C2', 'SSIM_CONVENTIONS', 'MS_WEIGHTS', 'MS_SSIM_CONVENTIONS', 'MMD_CONVENTIONS', 'ENLARGE', 'BATCH',
-           'PAIR', 'SETS', 'SAYS', 'window_means', 'similarity_maps', 'both_films', 'convention_of', 'pooled',
-           'mean_in', 'each_pair', 'ssim', 'halved', 'scale_means', 'multiplied', 'ms_ssim', 'pair_scores', 'sq_dists',
-           'both_sets', 'unit_length', 'kernel_of', 'kernel_sums', 'mmd2', 'kid', 'prdc', 'vendi', 'set_numbers',
-           'checkpoints', 'scoring_films', 'films_digest', 'score_batch', 'gather_batches', 'set_scores', 'scored',
-           'finish_job', 'score_jobs', 'floor_jobs', 'scoring_jobs', 'best_scores', 'group_scores', 'shipped_epoch',
-           'checkpoint_choice', 'enlargement', 'write_table', 'region_table', 'gather_scores', 'digest_of_code',
-           'score_set', 'score_enlargement', 'score_run']
+           'PAIR', 'SETS', 'MEANS', 'NETWORK', 'SAYS', 'FOILS', 'window_means', 'similarity_maps', 'both_films',
+           'convention_of', 'pooled', 'mean_in', 'each_pair', 'ssim', 'halved', 'scale_means', 'multiplied', 'ms_ssim',
+           'pair_scores', 'sq_dists', 'both_sets', 'unit_length', 'precise_blocks', 'kernel_of', 'kernel_sums', 'mmd2',
+           'kid', 'prdc', 'vendi', 'set_numbers', 'checkpoints', 'scoring_films', 'films_digest', 'score_batch',
+           'gather_batches', 'set_scores', 'signs_of', 'with_signs', 'write_table', 'scored', 'finish_job',
+           'score_jobs', 'floor_jobs', 'scoring_jobs', 'best_scores', 'own_noise', 'group_scores', 'shipped_epoch',
+           'checkpoint_choice', 'enlargement', 'region_table', 'end_checkpoints', 'to_judge', 'gather_scores',
+           'digest_of_code', 'real_features', 'score_set', 'score_enlargement', 'score_run']
 
 # %% ../nbs/30_metrics.ipynb #cf6ce1a0
 import hashlib, json, shutil
@@ -239,14 +240,14 @@ MMD_CONVENTIONS = {
     'KID': {'kernel': 'cubic', 'unit': False, 'sigma': None, 'unbiased': True,
             'source': 'Bińkowski et al. (2018): (a·b/d+1)³, unbiased, all pairs; torchmetrics 1.9.0 averages it over subsets'}}
 
-# %% ../nbs/30_metrics.ipynb #a607901c
+# %% ../nbs/30_metrics.ipynb #a2fa60a5
 def sq_dists(
-    a:np.ndarray, # (m, d)
-    b:np.ndarray, # (n, d)
-)->np.ndarray: # (m, n)
+    a, # (m, d), numpy or torch
+    b, # (n, d), like `a`
+): # (m, n)
     "Squared distance of each row of `a` from each row of `b`"
-    d = np.maximum((a**2).sum(1)[:, None]+(b**2).sum(1)-2*a@b.T, 0)
-    return np.where(d<1e-9*max(d.max(), 1e-300), 0, d)             # rounding: a row and its copy are no distance apart
+    d = ((a**2).sum(1)[:, None]+(b**2).sum(1)-2*a@b.T).clip(0)
+    return d*(d>=1e-9*d.max())                                     # rounding: a row and its copy are no distance apart
 
 # %% ../nbs/30_metrics.ipynb #09e90605
 def both_sets(
@@ -271,66 +272,80 @@ def unit_length(
     if not (norms := np.linalg.norm(f, axis=1)).all(): raise ValueError(f'vector {int((norms==0).argmax())} of {name} is zero: it has no direction')
     return f/norms[:, None]
 
-# %% ../nbs/30_metrics.ipynb #58a82527
+# %% ../nbs/30_metrics.ipynb #6c2677c4
+def precise_blocks(
+    f:np.ndarray, # Features, (n, d)
+    o:dict, # Of `MMD_CONVENTIONS`
+    shift:np.ndarray, # (d,), taken away where distances count: they do not change, and lose fewer digits
+    block:int=2048, # Vectors at once
+    device='cpu', # Where to compute
+): # Yields slices and vectors, (block, d)
+    "A set in blocks of float64, none of which is kept"
+    for at in (slice(i, i+block) for i in range(0, len(f), block)):
+        b = torch.as_tensor(f[at].astype(float), device=device)
+        yield at, F.normalize(b, dim=1) if o['unit'] else b if o['kernel']=='cubic' else b-torch.as_tensor(shift, device=device)
+
 def kernel_of(
     fx:np.ndarray, # Features of the real films
     fy:np.ndarray, # Features of the synthetic films
     o:dict, # Of `MMD_CONVENTIONS`
 ): # A function of two blocks of vectors that gives the block of the kernel
     "The kernel of a convention, its bandwidth fitted where the convention wants that"
-    d, n = fx.shape[1], len(fx)+len(fy)
+    d, n, shift = fx.shape[1], len(fx)+len(fy), fx.mean(0, dtype=float)
     if o['kernel']=='cubic': return lambda a,b: (a@b.T/d+1)**3
     if o['sigma']=='mean':
-        z = np.concatenate((fx, fy)).astype(float)
-        s = 2*(n*(z**2).sum()-(z.sum(0)**2).sum())/(n*n-n)
+        squares, total = (sum(v) for v in zip(*(((b**2).sum(), b.sum(0)) for f in (fx, fy) for _,b in precise_blocks(f, o, shift))))
+        s = float(2*(n*squares-(total**2).sum())/(n*n-n))
         if s<=0: raise ValueError('all feature vectors are the same: there is no mean distance')
-        return lambda a,b: sum(np.exp(-sq_dists(a, b)/(s/4*2**i)) for i in range(5))
+        return lambda a,b: sum(torch.exp(sq_dists(a, b)/(-s/4*2**i)) for i in range(5))
     if o['sigma'] is None:
-        part = fx[np.linspace(0, len(fx)-1, min(len(fx), 4000)).round().astype(int)].astype(float)
+        part = fx[np.linspace(0, len(fx)-1, min(len(fx), 4000)).round().astype(int)]-shift
         apart = sq_dists(part, part)
         apart = apart[apart>0]
         if not len(apart): raise ValueError('all real feature vectors are the same: there is no median distance')
         s2 = np.median(apart)
     else: s2 = d/2 if o['sigma']=='dims' else o['sigma']**2
-    return lambda a,b: np.exp(-sq_dists(a, b)/(2*s2))
+    return lambda a,b: torch.exp(sq_dists(a, b)/(-2*s2))
 
-# %% ../nbs/30_metrics.ipynb #e0ffebbd
+# %% ../nbs/30_metrics.ipynb #047ce67a
 def kernel_sums(
     fx, # Features of the real films, (m, d)
     fy, # Features of the synthetic films, (n, d)
     convention:str='median', # A key of `MMD_CONVENTIONS`
     block:int=2048, # Vectors at once, a side
+    device='cpu', # Where to compute
 )->dict: # Sums of rows: xx (m,) and yy (n,) without the diagonal, which is dx and dy; xy (m,) and yx (n,)
     "Row sums of the three kernels, in float64 and bounded memory"
     o = convention_of(MMD_CONVENTIONS, convention)
     fx,fy = both_sets(fx, fy)
-    if o['unit']: fx,fy = unit_length(fx, 'fx'), unit_length(fy, 'fy')
-    if o['kernel']!='cubic': fx,fy = fx-fx.mean(0), fy-fx.mean(0)       # distances do not change, and lose fewer digits
-    k, cut = kernel_of(fx, fy, o), lambda f: [(slice(i, i+block), f[i:i+block].astype(float)) for i in range(0, len(f), block)]
+    if o['unit']: unit_length(fx, 'fx'), unit_length(fy, 'fy')          # for their messages
+    k, shift = kernel_of(fx, fy, o), fx.mean(0, dtype=float)
+    cut, summed = lambda f: precise_blocks(f, o, shift, block, device), lambda s, axis: s.sum(axis).cpu().numpy()
     out = {n: np.zeros(len(f)) for n,f in (('xx', fx), ('yy', fy), ('dx', fx), ('dy', fy), ('xy', fx), ('yx', fy))}
     for n,diagonal,f in ('xx', 'dx', fx), ('yy', 'dy', fy):
-        for i,(at,a) in enumerate(blocks := cut(f)):
-            for j,(to,b) in enumerate(blocks[:i+1]):
+        for at,a in cut(f):
+            for to,b in cut(f[:at.stop]):
                 s = k(a, b)
-                if i==j: out[diagonal][at] = np.diag(s)
-                else: out[n][to] += s.sum(0)
-                out[n][at] += s.sum(1)
+                if at==to: out[diagonal][at] = s.diagonal().cpu().numpy()
+                else: out[n][to] += summed(s, 0)
+                out[n][at] += summed(s, 1)
         out[n] -= out[diagonal]
     for at,a in cut(fx):
         for to,b in cut(fy):
             s = k(a, b)
-            out['xy'][at] += s.sum(1)
-            out['yx'][to] += s.sum(0)
+            out['xy'][at] += summed(s, 1)
+            out['yx'][to] += summed(s, 0)
     return out
 
-# %% ../nbs/30_metrics.ipynb #d1d9deab
+# %% ../nbs/30_metrics.ipynb #93f0f43a
 def mmd2(
     fx, # Features of the real films, (m, d)
     fy, # Features of the synthetic films, (n, d)
     convention:str='median', # A key of `MMD_CONVENTIONS`
+    device='cpu', # Where to compute
 )->float: # May fall below zero if the convention is unbiased
     "Squared maximum mean discrepancy between two sets of feature vectors"
-    s, unbiased = kernel_sums(fx, fy, convention), MMD_CONVENTIONS[convention]['unbiased']
+    s, unbiased = kernel_sums(fx, fy, convention, device=device), MMD_CONVENTIONS[convention]['unbiased']
     m,n = len(s['xx']), len(s['yy'])
     within = lambda total,diagonal,n: total.sum()/(n*(n-1)) if unbiased else (total.sum()+diagonal.sum())/n**2
     return float(within(s['xx'], s['dx'], m)+within(s['yy'], s['dy'], n)-2*s['xy'].sum()/(m*n))
@@ -380,7 +395,7 @@ def vendi(
     v = v[v>1e-12]
     return float(np.exp(-(v*np.log(v)).sum()))
 
-# %% ../nbs/30_metrics.ipynb #a7b043fc
+# %% ../nbs/30_metrics.ipynb #c229965e
 def set_numbers(
     fx:np.ndarray, # Features of the real films, one for each pair
     fy:np.ndarray, # Features of the synthetic films
@@ -389,10 +404,10 @@ def set_numbers(
     "MMD under every convention, KID, precision, recall, density, coverage and Vendi scores"
     first = np.unique(np.asarray(images), return_index=True)[1]
     enough = len(np.unique(fx.round(3), axis=0))>1 and len(fx)>1
-    rows = [('mmd2', mmd2(fx, fy, c) if enough else np.nan, c, 'unbiased, all pairs' if o['unbiased'] else 'biased') for c,o in MMD_CONVENTIONS.items()]
+    rows = [('mmd2', mmd2(fx, fy, c) if enough else np.nan, c, 'Eq. 3, every pair by itself; by patient in mmd.csv' if o['unbiased'] else 'biased') for c,o in MMD_CONVENTIONS.items()]
     near = prdc(fx[first], fy) if min(len(first), len(fy))>5 else dict.fromkeys(('precision', 'recall', 'density', 'coverage'), np.nan)
     rows += [(m, v, 'k = 5, Euclidean', f'{len(first)} different real films') for m,v in near.items()]
-    rows += [(n, vendi(f), 'cosine, order 1', 'plug-in') for n,f in (('vendi', fy), ('vendi_real', fx))]
+    rows += [(n, vendi(f), 'cosine, order 1', 'plug-in') for n,f in (('vendi', fy), ('vendi_real', fx[first]))]
     return pd.DataFrame(rows, columns=['metric', 'value', 'convention', 'estimator'])
 
 # %% ../nbs/30_metrics.ipynb #1df03823
@@ -467,6 +482,52 @@ def set_scores(
     mean = {k: None if pd.isna(v) else float(v) for k,v in table.mean().items()}
     return {'n': len(table)} | mean | {n: None if pd.isna(mmd[c]) else float(mmd[c]) for n,c in (('mmd2', 'median'), ('mmd2_paper_A', 'paper_A'))}
 
+# %% ../nbs/30_metrics.ipynb #db12909e
+PAIR = 'ssim: piq; ssim_full: piq_full; ms_ssim: piq; error: mean absolute difference'
+SETS = '; mmd2: median; mmd2_paper_A: paper_A'
+MEANS = 'means over pairs; mmd2 by Eq. 3, every pair by itself (by patient in mmd.csv), mmd2_paper_A biased'
+NETWORK = 'then 224 pixels for the network, bilinear with antialiasing'
+SAYS = {'scores': (PAIR, 'one pair, mean over windows'), 'summary': (PAIR+SETS, MEANS),
+        'best': ('ssim: piq; ms_ssim: piq'+SETS, 'best checkpoint by the test pairs; '+MEANS+'; noise of the same pairs'),
+        'choice': ('ssim: piq; ms_ssim: piq'+SETS, MEANS),
+        'floors': (PAIR+SETS, MEANS),
+        'regions': ('ssim_full: piq_full; ms_ssim: piq; error: mean absolute difference; weighted by window centres', 'means over the pairs whose region holds a window'),
+        'groups': ('ssim: piq; ms_ssim: piq', 'mean over pairs; 95 % t interval with errors clustered by patient; no rank below 20 films'),
+        'enlarge': ('ssim: piq; ssim_full: piq_full; ms_ssim: piq'+SETS, MEANS),
+        'intervals': (PAIR+'; regions weighted by window centres', 'mean over pairs; 95 % interval: bootstrap of whole patients, expanded percentiles'),
+        'tests': (PAIR, 'difference of means over the pairs that both have, interval as in intervals.csv; p: signed ranks, the signs of a patient turned together; Holm within a block'),
+        'trends': ('ssim: piq; ms_ssim: piq; mmd2: median', 'trained checkpoints; mean slope of a pair for each epoch, interval over patients; rank correlation: mean of the pairs, for mmd2 Kendall tau'),
+        'mmd': ('mmd2: as in the row', 'unbiased, vectors of different patients only; 95 % interval: jackknife over patients; bandwidth taken as given; equivalent: upper end of the 90 % interval below a tenth of the MMD² of noise')}
+
+def signs_of(
+    name:str, # Of the table
+    extractor:str, # Name of the network
+    resize:str, # The way to the scoring size
+)->dict: # convention, estimator, extractor and resize, those that the rows do not have themselves
+    "What the numbers of a table mean"
+    says = dict(zip(('convention', 'estimator'), SAYS[name])) if name in SAYS else {}
+    seen = 'mmd2' in says.get('convention', 'mmd2')
+    return says | {'extractor': extractor if seen else '-', 'resize': f'{resize}; {NETWORK}' if seen else resize}
+
+def with_signs(
+    name:str, # Of the table
+    table:pd.DataFrame, # Its rows
+    extractor:str, # Name of the network
+    resize:str, # The way to the scoring size
+)->pd.DataFrame: # With four more columns
+    "A table with what its numbers mean"
+    return table.assign(**{k: v for k,v in signs_of(name, extractor, resize).items() if name!='mmd' or k!='convention'})
+
+def write_table(
+    out:Path, # Folder of the scores
+    name:str, # Of the file, without ending
+    table:pd.DataFrame, # What goes in
+    extractor:str, # Name of the network
+    resize:str, # The way to the scoring size
+):
+    "Write a table with what its numbers mean"
+    with replacing(Path(out)/f'{name}.csv') as part: with_signs(name, table, extractor, resize).to_csv(part, index=False, float_format='%.6g')
+
 # %% ../nbs/30_metrics.ipynb #2c3e3871
 def scored(
     at:Path, # Where the scores go, without ending
@@ -477,24 +538,26 @@ def scored(
     there = all(at.with_suffix(s).is_file() for s in ('.csv', '.npy', '.sets.csv', '.json'))
     return there and json.loads(at.with_suffix('.json').read_text())['key']==key
 
-# %% ../nbs/30_metrics.ipynb #7c5672ae
+# %% ../nbs/30_metrics.ipynb #b3f63da2
 def finish_job(
     at:Path, # Where the scores go, without ending
     key:str, # What they depend on
     pairs:pd.DataFrame, # The pairs covered, with their row in the set as index
     fx:np.ndarray, # Features of all real films of the set
+    extractor:str='', # Name of the network
+    resize:str='', # The way to the scoring size
 ):
     "Put the batches of a job together and remove them"
     parts = at.with_name(f'{at.name}.parts')
     table,fy = gather_batches(sorted(parts.glob(f'{key}-*.npz')))
     numbers = set_numbers(fx[pairs.index], fy, pairs.image.tolist())
-    for suffix,t in ('.csv', table.assign(pair=pairs.pair.tolist())), ('.sets.csv', numbers):
-        with replacing(at.with_suffix(suffix)) as part: t.to_csv(part, index=False, float_format='%.6g')
+    for suffix,name,t in ('.csv', 'scores', table.assign(pair=pairs.pair.tolist())), ('.sets.csv', 'sets', numbers):
+        with replacing(at.with_suffix(suffix)) as part: with_signs(name, t, extractor, resize).to_csv(part, index=False, float_format='%.6g')
     with replacing(at.with_suffix('.npy')) as part, open(part, 'wb') as f: np.save(f, fy)
-    save_json(at.with_suffix('.json'), set_scores(table, numbers) | {'key': key})
+    save_json(at.with_suffix('.json'), set_scores(table, numbers) | {'key': key} | signs_of('summary', extractor, resize))
     shutil.rmtree(parts)
 
-# %% ../nbs/30_metrics.ipynb #1c6f2723
+# %% ../nbs/30_metrics.ipynb #5049dfba
 def score_jobs(
     out:Path, # Folder of the scores
     jobs:list[tuple], # Each (name, key, pairs, films of pairs i to j, masks of pairs i to j or None)
@@ -504,6 +567,7 @@ def score_jobs(
     extractor:str, # As in `extractor_name`
     device:str, # Where to compute
     minutes:float=0, # Refuse what would take longer; 0 for no limit
+    resize:str='', # The way to the scoring size
 ):
     "Score what is not scored yet, batch by batch"
     todo = [j for j in jobs if not scored(out/'epochs'/j[0], j[1])]
@@ -511,9 +575,9 @@ def score_jobs(
         at = out/'epochs'/f'{n}.parts'/f'{key}-{i:06d}.npz'
         j = min(i+BATCH, len(pairs))
         if not at.exists(): score_batch(at, real(pairs.index[i:j]), draw(i, j), white and white(i, j), extractor, device)
-        if j==len(pairs): finish_job(out/'epochs'/n, key, pairs, fx)
+        if j==len(pairs): finish_job(out/'epochs'/n, key, pairs, fx, extractor_name(extractor), resize)
 
-# %% ../nbs/30_metrics.ipynb #7b67f5e5
+# %% ../nbs/30_metrics.ipynb #b8930444
 def floor_jobs(
     pairs:pd.DataFrame, # The test set
     train:pd.DataFrame, # The training set
@@ -521,6 +585,7 @@ def floor_jobs(
     masks:Path, # Folder of the masks
     images:Path, # Folder of the real films
     settings:list, # What every score depends on; first the scoring size and the way to enlarge
+    films:dict, # Digest of each real film
     seed:int, # Seeds the noise
     vaes:dict=None, # Name to autoencoder, as in `round_trip`
 )->list[tuple]: # As `score_jobs` takes them
@@ -532,19 +597,21 @@ def floor_jobs(
     for n,v in (vaes or {}).items():
         whole[f'vae_{n}'] = lambda x,i,v=v: round_trip(x, v)
         fill[f'vae_{n}_fill'] = lambda x,m,i,v=v: round_trip(x, v, m)
-    key = films_digest(masks, pairs.pair, *settings, seed, ring_width(size))
+    weights = {n: sum(float(p.detach().double().abs().sum()) for p in getattr(v, 'vae', v).parameters()) if hasattr(getattr(v, 'vae', v), 'parameters') else 0 for n,v in (vaes or {}).items()}
+    key = films_digest(masks, pairs.pair, *settings, [films[i] for i in pairs.image], seed, ring_width(size), weights)
     jobs = [(n, key, pairs, lambda i,j,f=f: f(real(range(i, j)), i), None) for n,f in whole.items()]
     jobs += [(n, key, pairs, lambda i,j,f=f: f(real(range(i, j)), white(i, j), i), white) for n,f in fill.items()]
     if all((train.patient!=p).any() for p in pairs.patient.unique()):
         others = other_films(pairs, train, seed)
-        jobs.append(('other_real', films_digest(images, others, *settings, seed), pairs, lambda i,j: scoring_films(images, others[i:j], size, enlarge), None))
+        jobs.append(('other_real', films_digest(images, others, key), pairs, lambda i,j: scoring_films(images, others[i:j], size, enlarge), white))
     return jobs
 
-# %% ../nbs/30_metrics.ipynb #fab8061b
+# %% ../nbs/30_metrics.ipynb #48e1a77a
 def scoring_jobs(
     pairs:pd.DataFrame, # The test set, or all training pairs that some model holds out
     found:pd.DataFrame, # As `checkpoints` gives it, of the kinds that belong to these pairs
     settings:list, # What every score depends on; first the scoring size and the way to enlarge
+    films:dict, # Digest of each real film
     masks:Path=None, # Folder of the masks, for the models that fill them
     filling:tuple=(), # These models
 )->list[tuple]: # As `score_jobs` takes them
@@ -555,30 +622,47 @@ def scoring_jobs(
         if alien := sorted(there-set(pairs.pair)): raise ValueError(f'{o.model}/{o.kind}/{o.epoch:04d} holds {alien[0]}.png, which is no '
             f'{"training" if o.kind=="validation" else "test"} pair of this split: the films were made for another one. Remove {o.model} from the run and run its notebook again.')
         part, seam = pairs[pairs.pair.isin(there)], o.model in filling
-        key = films_digest(o.folder, part.pair, *settings, films_digest(masks, part.pair, ring_width(size)) if seam else '')
+        key = films_digest(o.folder, part.pair, *settings, [films[i] for i in part.image], films_digest(masks, part.pair, ring_width(size)) if seam else '')
         jobs.append((f'{o.model}_{o.kind}_{o.epoch:04d}', key, part, lambda i,j,at=o.folder,names=part.pair.tolist(): scoring_films(at, names[i:j], size, enlarge),
                      (lambda i,j,names=part.pair.tolist(): scoring_films(masks, names[i:j], size)) if seam else None))
     return jobs
 
-# %% ../nbs/30_metrics.ipynb #2cfe43d5
+# %% ../nbs/30_metrics.ipynb #d023b7e9
 def best_scores(
     summary:pd.DataFrame, # model, kind, epoch, n and the scores of each checkpoint
-    baselines:dict, # `noise` and `noise_mask`, each with its scores
+    noise:pd.DataFrame, # model, epoch and the scores of noise in place of the same films
     inpainting:list[str], # The models that fill masks
 )->pd.DataFrame: # block, metric, model, epoch, n, best, noise and factor of improvement, as in Table 1
     "The best checkpoint of each model by each metric, and how many times better than noise it is"
-    rows = []
+    rows, beside = [], noise.set_index(['model', 'epoch'])
     for metric in ('ssim', 'ms_ssim', 'mmd2', 'mmd2_paper_A'):
         for model,g in summary[summary.kind=='samples'].groupby('model', sort=False):
             g = g.dropna(subset=metric)
             if not len(g): continue
-            block = 'inpainting' if model in inpainting else 'whole film'
-            noise = baselines['noise_mask' if model in inpainting else 'noise'][metric]
             o = g.loc[g[metric].idxmin() if metric.startswith('mmd') else g[metric].idxmax()]
-            up,down = (noise, o[metric]) if metric.startswith('mmd') else (o[metric], noise)
-            rows.append((block, metric, model, o.epoch, o.n, o[metric], noise, up/down if noise is not None and down>0 else np.nan))
+            floor = beside.loc[(model, o.epoch), metric]
+            up,down = (floor, o[metric]) if metric.startswith('mmd') else (o[metric], floor)
+            rows.append(('inpainting' if model in inpainting else 'whole film', metric, model, o.epoch, o.n, o[metric], floor, up/down if pd.notna(floor) and down>0 else np.nan))
     table = pd.DataFrame(rows, columns=['block', 'metric', 'model', 'epoch', 'n', 'best', 'noise', 'factor'])
     return table.sort_values('block', ascending=False, kind='stable', ignore_index=True)
+
+# %% ../nbs/30_metrics.ipynb #a7ce2407
+def own_noise(
+    out:Path, # Folder of the scores
+    those:pd.DataFrame, # model, epoch and floor: `noise` or `noise_mask`; of checkpoints
+    fx:np.ndarray, # Features of all real test films
+    pairs:pd.DataFrame, # The test pairs
+)->pd.DataFrame: # model, epoch, floor and scores as in `set_scores`
+    "What noise scores on the pairs that a checkpoint covers"
+    place, known, rows = pd.Series(range(len(pairs)), pairs.pair), {}, []
+    for o in those.itertuples():
+        names = pd.read_csv(out/'epochs'/f'{o.model}_samples_{o.epoch:04d}.csv').pair
+        at = place[names].to_numpy()
+        if (o.floor, *at) not in known:
+            table, fy = pd.read_csv(out/'epochs'/f'{o.floor}.csv').iloc[at], np.load(out/'epochs'/f'{o.floor}.npy')[at]
+            known[(o.floor, *at)] = set_scores(table.select_dtypes('number'), set_numbers(fx[at], fy, pairs.image.iloc[at].tolist()))
+        rows.append({'model': o.model, 'epoch': o.epoch, 'floor': o.floor} | known[(o.floor, *at)])
+    return pd.DataFrame(rows) if rows else those[:0]
 
 # %% ../nbs/30_metrics.ipynb #1c613a76
 def group_scores(
@@ -652,30 +736,6 @@ def enlargement(
                     {n: mmd2(fx, fy, c) if enough else np.nan for n,c in (('mmd2', 'median'), ('mmd2_paper_A', 'paper_A'))})
     return pd.DataFrame(rows)
 
-# %% ../nbs/30_metrics.ipynb #db647f05
-PAIR = 'ssim: piq; ssim_full: piq_full; ms_ssim: piq; error: mean absolute difference'
-SETS = '; mmd2: median; mmd2_paper_A: paper_A'
-SAYS = {'scores': (PAIR, 'one pair, mean over windows'), 'summary': (PAIR+SETS, 'means over pairs; mmd2 unbiased, mmd2_paper_A biased'),
-        'best': ('ssim: piq; ms_ssim: piq'+SETS, 'best checkpoint by the test pairs; mmd2 unbiased, mmd2_paper_A biased'),
-        'choice': ('ssim: piq; ms_ssim: piq'+SETS, 'means over test pairs; mmd2 unbiased, mmd2_paper_A biased'),
-        'floors': (PAIR+SETS, 'means over pairs; mmd2 unbiased, mmd2_paper_A biased'),
-        'regions': ('ssim_full: piq_full; ms_ssim: piq; error: mean absolute difference; weighted by window centres', 'means over the pairs whose region holds a window'),
-        'groups': ('ssim: piq; ms_ssim: piq', 'mean over pairs; 95 % t interval with errors clustered by patient; no rank below 20 films'),
-        'enlarge': ('ssim: piq; ssim_full: piq_full; ms_ssim: piq'+SETS, 'means over pairs; mmd2 unbiased, mmd2_paper_A biased')}
-
-def write_table(
-    out:Path, # Folder of the scores
-    name:str, # Of the file, without ending
-    table:pd.DataFrame, # What goes in
-    extractor:str, # Name of the network
-    resize:str, # The way to the scoring size
-):
-    "Write a table with what its numbers mean"
-    says = dict(zip(('convention', 'estimator'), SAYS[name])) if name in SAYS else {}
-    network = extractor if name in ('sets', 'groups') or 'mmd2' in says.get('convention', 'mmd2') else '-'
-    table = table.assign(**says, extractor='-' if name=='groups' else network, resize=resize)
-    with replacing(Path(out)/f'{name}.csv') as part: table.to_csv(part, index=False, float_format='%.6g')
-
 # %% ../nbs/30_metrics.ipynb #7a18b1d6
 def region_table(
     t:pd.DataFrame, # model, kind, epoch and, for each pair, NAME_REGION for NAME of ssim_full, ms_ssim and error
@@ -688,31 +748,77 @@ def region_table(
         rows.append(part.agg(n=('pair', 'size'), **{c: (f'{c}_{r}', 'mean') for c in ('ssim_full', 'ms_ssim', 'error')}).reset_index().assign(region=r))
     return pd.concat(rows)[['model', 'kind', 'epoch', 'region', 'n', 'ssim_full', 'ms_ssim', 'error']] if rows else pd.DataFrame(columns=['model', 'kind', 'epoch', 'region'])
 
-# %% ../nbs/30_metrics.ipynb #a5542b89
+# %% ../nbs/30_metrics.ipynb #0fdba18c
+def end_checkpoints(
+    summary:pd.DataFrame, # As in `summary.csv`
+)->pd.DataFrame: # model, epoch, checkpoint (`chosen`, `last` or both) and whether models are compared there
+    "Where statistics are wanted"
+    rows = []
+    for model,g in summary[summary.kind=='samples'].groupby('model', sort=False):
+        ways = {'chosen': shipped_epoch(summary, model), 'last': int(g.epoch.max())}
+        for e in sorted({e for e in ways.values() if e is not None}):
+            rows.append((model, e, ' and '.join(w for w,v in ways.items() if v==e), e==(ways['last'] if ways['chosen'] is None else ways['chosen'])))
+    return pd.DataFrame(rows, columns=['model', 'epoch', 'checkpoint', 'compared'])
+
+# %% ../nbs/30_metrics.ipynb #f681a590
+FOILS = ['other_real', 'telea']
+
+def to_judge(
+    out:Path, # Folder of the scores
+    found:pd.DataFrame, # As `checkpoints` gives it
+    floors:list[str], # Names of the floors
+    pairs:pd.DataFrame, # The test pairs
+    summary:pd.DataFrame, # As in `summary.csv`, with block
+    fx:np.ndarray, # Features of all real test films
+    fills, # From a model or floor to its block
+)->tuple: # final, compared, curves, summary and sets, as `stats.run_statistics` takes them
+    "What statistics are made from; models are tested against the floors `FOILS`, too"
+    ends, place = end_checkpoints(summary), pd.Series(range(len(pairs)), pairs.pair)
+    read = lambda n,m,k,e,c: pd.read_csv(out/'epochs'/f'{n}.csv').merge(pairs[['pair', 'image', 'patient']], on='pair').assign(block=fills(m), model=m, kind=k, epoch=e, checkpoint=c)
+    name = lambda o: f'{o.model}_{o.kind}_{o.epoch:04d}'
+    at_end = found[found.kind!='validation'].merge(ends, on=['model', 'epoch'])
+    those = [(name(o), o.model, o.kind, o.epoch, o.checkpoint, o.compared and o.kind=='samples') for o in at_end.itertuples()] + [(n, n, 'floor', 0, 'floor', n in FOILS) for n in floors]
+    tables, sets = [read(*o[:5]) for o in those], []
+    for (n,m,k,e,c,_),t in zip(those, tables):
+        at, paired = place[t.pair].to_numpy(), fills(m)=='inpainting' or m.startswith('vae_')
+        noise = np.load(out/'epochs'/f'{"noise_mask" if fills(m)=="inpainting" else "noise"}.npy')[at]
+        sets.append({'block': fills(m), 'model': m, 'kind': k, 'epoch': e, 'checkpoint': c, 'paired': paired, 'fx': fx[at], 'fy': np.load(out/'epochs'/f'{n}.npy'), 'noise': noise,
+                     'patients': t.patient.tolist(), 'films': t.image.tolist()})
+    trained = found[(found.kind=='samples')&(found.epoch>0)]
+    curves = [read(name(o), o.model, o.kind, o.epoch, '')[['block', 'model', 'epoch', 'pair', 'image', 'patient', 'ssim', 'ms_ssim']] for o in trained.itertuples()]
+    later = summary[(summary.kind=='samples')&(summary.epoch>0)]
+    return pd.concat(tables), pd.concat([t for o,t in zip(those, tables) if o[5]]), pd.concat(curves) if curves else summary[:0].assign(pair='', image='', patient=''), later, sets
+
+# %% ../nbs/30_metrics.ipynb #a63cb85b
 def gather_scores(
     out:Path, # Folder of the scores
     found:pd.DataFrame, # As `checkpoints` gives it; all are scored
     floors:list[str], # Names of the floors
     pairs:pd.DataFrame, # The test pairs
     settings:dict, # What `metrics.json` is to say of how the scores came about
+    fx:np.ndarray, # Features of all real test films
+    statistics=None, # `stats.run_statistics`; no intervals and tests without
 )->dict: # What `metrics.json` says
     "Write all tables and, last, `metrics.json`"
     inpainting = [m for m in found.model.unique() if (found.kind[found.model==m]=='raw').any()]
     fills = lambda m: 'inpainting' if m in inpainting or m in ('noise_mask', 'mean_fill', 'telea') or m.endswith('_fill') else 'whole film'
     ids = [(o.model, o.kind, o.epoch, f'{o.model}_{o.kind}_{o.epoch:04d}') for o in found.itertuples()]
     put = lambda suffix, those: pd.concat([pd.read_csv(out/'epochs'/f'{n}{suffix}').assign(model=m, kind=k, epoch=e, block=fills(m)) for m,k,e,n in those])
-    row = lambda n: {k: v for k,v in json.loads((out/'epochs'/f'{n}.json').read_text()).items() if k not in ('key', 'made')}
+    row = lambda n: {k: v for k,v in json.loads((out/'epochs'/f'{n}.json').read_text()).items() if k not in ('key', 'made', 'convention', 'estimator', 'extractor', 'resize')}
     at_floor = [(n, 'floor', 0, n) for n in floors]
     each, whole = put('.csv', ids), ['ssim', 'ms_ssim', 'ssim_full', 'error']
     sets = ['mmd2', 'mmd2_paper_A']
     summary = pd.DataFrame([{'model': m, 'kind': k, 'epoch': e, 'block': fills(m)} | row(n) for m,k,e,n in ids])
     summary = summary[['model', 'kind', 'epoch', 'n', 'ssim', 'ms_ssim', *sets, 'ssim_full', 'error', 'block']].astype(dict.fromkeys(sets, float))
+    drawn = summary[summary.kind=='samples']
+    noise = own_noise(out, drawn[['model', 'epoch']].assign(floor=np.where(drawn.block=='inpainting', 'noise_mask', 'noise')), fx, pairs)
     baselines = {n: {k: v for k,v in row(n).items() if k in ('n', *whole, *sets)} for n in floors}
-    tables = {'scores': each[['model', 'kind', 'epoch', 'pair', *whole, 'block']], 'summary': summary, 'best': best_scores(summary, baselines, inpainting),
-              'choice': checkpoint_choice(summary), 'floors': pd.DataFrame([{'floor': n, 'block': fills(n)} | b for n,b in baselines.items()]),
+    tables = {'scores': each[['model', 'kind', 'epoch', 'pair', *whole, 'block']], 'summary': summary, 'best': best_scores(summary, noise, inpainting),
+              'choice': checkpoint_choice(summary).assign(block=lambda t: t.model.map(fills)), 'floors': pd.DataFrame([{'floor': n, 'block': fills(n)} | b for n,b in baselines.items()]),
               'regions': region_table(pd.concat([each, put('.csv', at_floor)])),
               'sets': put('.sets.csv', ids+at_floor)[['model', 'kind', 'epoch', 'block', 'metric', 'value', 'convention', 'estimator']],
               'groups': group_scores(each[each.kind=='samples'], pairs).assign(block=lambda t: t.model.map(fills))}
+    if statistics and len(drawn): tables |= statistics(*to_judge(out, found, floors, pairs, summary, fx, fills), MMD_CONVENTIONS)
     for n,t in tables.items(): write_table(out, n, t, settings['extractor'], settings['resize'])
     return save_json(out/'metrics.json', settings | {'models': found.model.unique().tolist(), 'inpainting': inpainting, 'baselines': baselines})
 
@@ -723,7 +829,27 @@ def digest_of_code()->list[float]: # Scores of two fixed pairs
     numbers = set_numbers(a[:, 0].astype(float), b[:, 0].astype(float), list('abcd')).value.dropna().tolist()
     return rounded(pair_scores(a, b, {'m': a>.5}).mean().tolist()+numbers)
 
-# %% ../nbs/30_metrics.ipynb #113111d8
+# %% ../nbs/30_metrics.ipynb #db353526
+def real_features(
+    at:Path, # File to keep them in, `.npy`
+    key:str, # What they depend on
+    pairs:pd.DataFrame, # The pairs of the set
+    real, # Gives their real films
+    what:str, # Name of the set
+    extractor:str, # As in `extractor_name`
+    device:str='cpu', # Where to compute
+    minutes:float=0, # Refuse what would take longer; 0 for no limit
+)->np.ndarray: # One vector for each pair
+    "Features of the real films of a set"
+    note = at.with_suffix('.json')
+    if at.is_file() and note.is_file() and json.loads(note.read_text())['key']==key: return np.load(at)
+    parts, name = progress(range(0, len(pairs), BATCH), f'Features of the real {what} films', limit=minutes), extractor_name(extractor)
+    fx = np.concatenate([kept_features(real(range(i, min(i+BATCH, len(pairs)))), extractor, at.parent.parent/'features', device, name) for i in parts])
+    with replacing(at) as part, open(part, 'wb') as f: np.save(f, fx)
+    save_json(note, {'key': key, 'extractor': name})
+    return fx
+
+# %% ../nbs/30_metrics.ipynb #53137db6
 def score_set(
     out:Path, # Folder of the scores
     jobs:list[tuple], # As in `score_jobs`
@@ -733,14 +859,15 @@ def score_set(
     extractor:str, # As in `extractor_name`
     device:str, # Where to compute
     minutes:float, # Refuse what would take longer; 0 for no limit
-):
+    key:str, # What the features of the real films depend on
+    resize:str='', # The way to the scoring size
+)->np.ndarray: # Features of the real films
     "Score the jobs of one set that are not scored yet"
-    if all(scored(out/'epochs'/j[0], j[1]) for j in jobs): return
-    parts, name = progress(range(0, len(pairs), BATCH), f'Features of the real {what} films', limit=minutes), extractor_name(extractor)
-    fx = np.concatenate([kept_features(real(range(i, min(i+BATCH, len(pairs)))), extractor, out/'features', device, name) for i in parts])
-    score_jobs(out, jobs, real, fx, what, extractor, device, minutes)
+    fx = real_features(out/'epochs'/f'real_{what}.npy', key, pairs, real, what, extractor, device, minutes)
+    score_jobs(out, jobs, real, fx, what, extractor, device, minutes, resize)
+    return fx
 
-# %% ../nbs/30_metrics.ipynb #fe3c1072
+# %% ../nbs/30_metrics.ipynb #629ccbb9
 def score_enlargement(
     out:Path, # Folder of the scores
     found:pd.DataFrame, # As `checkpoints` gives it
@@ -751,18 +878,20 @@ def score_enlargement(
     extractor:str, # As in `extractor_name`
     device:str, # Where to compute
 ):
-    "Write `enlarge.csv` for the last checkpoint of the first model whose films are smaller than the scoring size"
+    "Write `enlarge.csv`: the last checkpoint of each model whose films are smaller than the scoring size"
     whole = found[(found.kind=='samples') & ~found.model.isin(found.model[found.kind=='raw'])]
-    if not len(whole): return
-    o = whole[whole.model==whole.model.iloc[0]].iloc[-1]
-    if read_image(next(o.folder.glob('*.png'))).shape[0]>=size: return
-    key, at = films_digest(o.folder, sorted(p.stem for p in o.folder.glob('*.png')), *settings), out/'enlarge.json'
-    if at.is_file() and json.loads(at.read_text())['key']==key: return
-    t = enlargement(o.folder, test, images, out/'features', size, extractor, device)
-    write_table(out, 'enlarge', t.assign(model=o.model, epoch=o.epoch), extractor_name(extractor), 'area averaging down, by `enlarged` up')
-    save_json(at, {'key': key})
+    ends = [g.iloc[-1] for _,g in whole.groupby('model', sort=False) if read_image(next(g.iloc[-1].folder.glob('*.png'))).shape[0]<size]
+    keys, at = {o.model: films_digest(o.folder, sorted(p.stem for p in o.folder.glob('*.png')), *settings) for o in ends}, out/'enlarge.json'
+    done = json.loads(at.read_text()) if at.is_file() else {}
+    if not ends or done==keys: return
+    kept = pd.read_csv(out/'enlarge.csv') if done else None
+    def one(o):
+        if done.get(o.model)==keys[o.model]: return kept[kept.model==o.model]
+        return enlargement(o.folder, test, images, out/'features', size, extractor, device).assign(model=o.model, epoch=o.epoch)
+    write_table(out, 'enlarge', pd.concat([one(o) for o in ends]), extractor_name(extractor), 'area averaging down, by `enlarged` up')
+    save_json(at, keys)
 
-# %% ../nbs/30_metrics.ipynb #30c0cfb4
+# %% ../nbs/30_metrics.ipynb #262a916e
 def score_run(
     run:Path, # Folder of the run
     models:list[str], # Folders of the models in it; those that are missing are named in the result
@@ -777,6 +906,7 @@ def score_run(
     device:str='auto', # `auto` is cuda if there is one
     minutes:float=0, # Refuse what would take longer; 0 for no limit
     vaes:dict=None, # Name to autoencoder, as in `round_trip`, for the floor of the latent models
+    statistics=None, # `stats.run_statistics`, for intervals and tests
 )->dict: # What `metrics.json` says
     "Score every checkpoint of a run that is not scored yet, and gather all scores"
     run, out, name = Path(run), Path(run)/out, extractor_name(extractor)
@@ -787,19 +917,20 @@ def score_run(
     if not len(found): need(run/models[0]/'samples', models[0])
     validation = found.kind=='validation'
     held = train[train.pair.isin({p.stem for f in found.folder[validation] for p in f.glob('*.png')})].reset_index(drop=True)
-    filling, resize, names = tuple(found.model[found.kind=='raw'].unique()), f'area averaging down, {enlarge} up', []
+    filling, resize, names, fx = tuple(found.model[found.kind=='raw'].unique()), f'area averaging down, {enlarge} up', [], None
     for what,pairs,those in ('test', test, found[~validation]), ('validation', held, found[validation]):
         if not len(those): continue
-        settings = [size, enlarge, name, digest_of_code(), films_digest(run/images, pairs.image), pairs.pair.tolist()]
+        settings, films = [size, enlarge, name, digest_of_code()], {i: films_digest(run/images, [i]) for i in pairs.image.unique()}
         real = lambda at,pairs=pairs: scoring_films(run/images, pairs.image.iloc[list(at)].tolist(), size, enlarge)
-        jobs = scoring_jobs(pairs, those, settings, run/masks, filling)
+        jobs, key = scoring_jobs(pairs, those, settings, films, run/masks, filling), films_digest(run/images, pairs.image, *settings)
         if what=='test':
-            floors = floor_jobs(pairs, train, real, run/masks, run/images, settings, seed, vaes)
+            floors = floor_jobs(pairs, train, real, run/masks, run/images, settings, films, seed, vaes)
             names, jobs = [o[0] for o in floors], floors+jobs
-            score_enlargement(out, those, test, run/images, settings, size, extractor, device)
-        score_set(out, jobs, pairs, real, what, extractor, device, minutes)
+            score_enlargement(out, those, test, run/images, [*settings, key], size, extractor, device)
+        vectors = score_set(out, jobs, pairs, real, what, extractor, device, minutes, key, resize)
+        fx = vectors if what=='test' else fx
     conventions = {'ssim': SSIM_CONVENTIONS['piq']['source'], 'ssim_full': SSIM_CONVENTIONS['piq_full']['source'], 'ms_ssim': MS_SSIM_CONVENTIONS['piq']['source'],
                    'mmd2': MMD_CONVENTIONS['median'], 'mmd2_paper_A': MMD_CONVENTIONS['paper_A'], 'ring': f'{ring_width(size)} pixels to each side of the seam'}
     return gather_scores(out, found, names, test, conventions | {
         'missing': [m for m in models if m not in set(found.model)], 'extractor': name, 'size': size, 'resize': resize, 'seed': seed, 'pairs': len(test),
-        'validation_pairs': len(held), 'films': films_digest(run/images, test.image, test.pair.tolist())})
+        'validation_pairs': len(held), 'films': films_digest(run/images, test.image, test.pair.tolist())}, fx, statistics)

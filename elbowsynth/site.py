@@ -189,12 +189,13 @@ def bibliography_page(
              for k,e in sorted(refs.items(), key=lambda o: (number(o[1]), o[0]))]
     return '---\ntitle: References\ndescription: The sixty references of the paper, by its numbers, and those that this study adds.\n---\n\n'+'\n\n'.join(items)+'\n'
 
-# %% ../nbs/91_site.ipynb #2c49fad7
+# %% ../nbs/91_site.ipynb #1a870896
 def page_of(
     path:Path, # A notebook
     base:str, # Address of the published site
     names:dict[str,str], # Page without its ending to notebook
     values:dict[str,str], # What `{{name}}` on the front page stands for
+    source:str='', # Address of the notebooks' folder in the repository
 ): # A notebook as nbdev's steps and ours leave it
     "One notebook for readers"
     from execnb.nbio import read_nb
@@ -202,6 +203,8 @@ def page_of(
     nb = read_nb(path)
     FilterDefaults()(nb)
     tell_pictures(nb.cells)
+    first = next(c for c in nb.cells if c.cell_type=='markdown')
+    if path.stem!='index': first.source = first.source.rstrip()+f'\n\n[This page as a notebook]({source}/{path.name})'*bool(source)
     for c in nb.cells:
         if c.cell_type=='raw': c.source = re.sub(r'^output-file:.*\n', '', c.source, flags=re.M)
         if path.stem=='index' and c.cell_type=='markdown': c.source = fill(c.source, values)
@@ -242,7 +245,7 @@ def written_pages(
     if faults: raise ValueError('\n'.join(faults))
     return prose | {'differs.qmd': differs_page(notebooks), 'reference.qmd': reference_page(notebooks), 'references.qmd': bibliography_page(refs)}
 
-# %% ../nbs/91_site.ipynb #674bc8e4
+# %% ../nbs/91_site.ipynb #bc506469
 def process(
     out:Path, # Folder to fill; what it held is removed
     run:Path=None, # Run to show; the committed one if none
@@ -257,6 +260,8 @@ def process(
     paths = sorted((top/'nbs').glob('*.ipynb'))
     if run: collect(run, out/'nbs'/'results')
     else: shutil.copytree(top/'nbs'/'results'/'demo', out/'nbs'/'results')
+    for n in ('teach', 'ablation'):                                 # studies beside the runs, if they were made
+        if (top/'nbs'/'results'/n).is_dir(): shutil.copytree(top/'nbs'/'results'/n, out/'nbs'/'results'/n)
     refs = read_bib((top/'nbs'/'references.bib').read_text(encoding='utf-8'))
     for n in ('references.bib', 'site.css', 'favicon.svg'): shutil.copy2(top/'nbs'/n, out/'nbs'/n)
     raw = {p.name: json.loads(p.read_text(encoding='utf-8')) for p in paths}
@@ -270,7 +275,7 @@ def process(
         (out/'nbs'/n).write_text(text if quarto else resolve([text], refs)[0], encoding='utf-8')
     os.chdir(top/'nbs')                                             # nbdev runs a page's imports, as a kernel in nbs would
     try:
-        for p in paths: write_nb(with_references(page_of(p, f'{config.doc_host}{config.doc_baseurl}', names, values), refs, there, quarto), out/'nbs'/p.name)
+        for p in paths: write_nb(with_references(page_of(p, f'{config.doc_host}{config.doc_baseurl}', names, values, f'{config.git_url}/blob/{config.branch}/nbs'), refs, there, quarto), out/'nbs'/p.name)
     finally: os.chdir(here)
     return sorted(o for o in (out/'nbs').iterdir() if o.suffix in ('.ipynb', '.qmd'))
 
@@ -378,7 +383,7 @@ def check_site(
     css = [f'{p.relative_to(site)}: needs {m[0]} from the web' for p in Path(site).rglob('*.css') for m in re.finditer(r'@import[^;]*//[^;]*|url\(["\']?(?:https?:)?//[^)]*\)', p.read_text(encoding='utf-8'))]
     return css+[f'{p.relative_to(Path(site).resolve())}: {f}' for p in pages for f in page_faults(p, read)]
 
-# %% ../nbs/91_site.ipynb #9e698013
+# %% ../nbs/91_site.ipynb #2045cd27
 def render(
     run:Path=None, # Run to show; the committed one if none
 )->Path: # The front page
@@ -393,6 +398,9 @@ def render(
     if not quarto: stand_alone(top/'_proc'/'_docs')
     shutil.rmtree(top/'_docs', ignore_errors=True)
     shutil.move(top/'_proc'/'_docs', top/'_docs')
+    for p in (top/'_proc'/'nbs'/'results').glob('*/*.csv'):             # pages link to the tables
+        (to := top/'_docs'/p.relative_to(top/'_proc')).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(p, to)
     if not (top/'_docs'/'index.html').exists():
         (top/'_docs'/'index.html').write_text('<!doctype html><html lang="en"><title>elbowsynth</title><meta http-equiv="refresh" content="0; url=nbs/index.html"><a href="nbs/index.html">elbowsynth</a></html>\n')
     if faults := check_site(top/'_docs'): raise ValueError(f'{len(faults)} faults in the rendered site:\n'+'\n'.join(faults[:60]))

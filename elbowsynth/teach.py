@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEEN', 'TAUGHT', 'TRAIN', 'Twins', 'twin', 'twins', 'expression', 'arms', 'judged_films', 'curves_of', 'teach',
-           'lessons', 'fell', 'lesson_figure', 'lesson_sheet']
+           'lessons', 'set_lessons', 'fell', 'lesson_figure', 'lesson_sheet']
 
 # %% ../nbs/38_teach.ipynb #4d51ec23
 from pathlib import Path
@@ -89,7 +89,7 @@ def judged_films(
     return pd.DataFrame({'name': t.names, 'pathology': t.pathologies, 'view': t.views, 'ssim': ssim(t.injured/255., drawn/255., mask=within, convention='piq_full'),
                          'l1': gap, 'expression': expression(drawn, t.injured, t.healthy, t.masks)})
 
-# %% ../nbs/38_teach.ipynb #8ef947a8
+# %% ../nbs/38_teach.ipynb #68f91aa9
 TRAIN = {'tiny-sdxl': (train_sdxl, {'guidance': 1.}), 'tiny-flux': (train_flux, {})}  # And how the small base draws best, if not as the large one
 
 def curves_of(
@@ -98,10 +98,12 @@ def curves_of(
     "The error inside the masks of held-out films, at fixed noise, as the trainings went on"
     parts = []
     for p in sorted(Path(out).glob('*/validation.jsonl')):
-        base, arm, seed = p.parent.name.rsplit('-', 2)
+        base = next(b for b in TRAIN if p.parent.name.startswith(f'{b}-'))
+        arm, seed = p.parent.name[len(base)+1:].rsplit('-', 1)
         parts.append(read_log(p).assign(base=base, arm=arm, seed=int(seed)))
     return pd.concat(parts, ignore_index=True)
 
+# %% ../nbs/38_teach.ipynb #7ff105cd
 def teach(
     out:Path, # Its folder
     bases:list, # Keys of `TRAIN`
@@ -122,12 +124,12 @@ def teach(
             about = {'base': base, 'seed': seed, 'arm': arm, 'epoch': int(at.name)}
             rows.append(judged_films(at, draw_for).assign(**about))
             sets.append(about | {'mmd2': mmd2(real, features(load_images(at, draw_for.names, size)/255, extractor))})
-    films, checks = pd.concat(rows, ignore_index=True), curves_of(out)
-    for name,t in (('films', films), ('sets', pd.DataFrame(sets)), ('validation', checks)):
+    films = pd.concat(rows, ignore_index=True)
+    for name,t in (('films', films), ('sets', pd.DataFrame(sets)), ('validation', curves_of(out))):
         with replacing(out/f'{name}.csv') as part: t.to_csv(part, index=False, float_format='%.5g')
     return films
 
-# %% ../nbs/38_teach.ipynb #dc7d272f
+# %% ../nbs/38_teach.ipynb #c98c4507
 def lessons(
     films:pd.DataFrame, # As `teach` gives it
 )->pd.DataFrame: # For each base and measure: untrained, control, taught, taught less control with its 95 % interval, and the deviation of that difference between seeds
@@ -142,6 +144,16 @@ def lessons(
                          'difference': o['estimate'], 'low': o['low'], 'high': o['high'], 'between_seeds': gap.mean().std(), 'films': len(mean), 'seeds': gap.shape[1]})
     return pd.DataFrame(rows)
 
+def set_lessons(
+    sets:pd.DataFrame, # As `teach` writes it
+)->pd.DataFrame: # For each base: untrained, control, taught, and the difference of the last two in each seed
+    "The unbiased MMD^2 to the injured films, median bandwidth, at the last checkpoint; one number a training, so the seeds are all that there is of an interval"
+    rows = []
+    for base,g in sets.groupby('base', sort=False):
+        last = g[g.epoch==g.epoch.max()].pivot_table(index='seed', columns='arm', values='mmd2')
+        rows.append({'base': base, 'untrained': g[g.epoch==0].mmd2.mean(), 'control': last.control.mean(), 'taught': last.taught.mean(), 'differences': (last.taught-last.control).round(4).tolist()})
+    return pd.DataFrame(rows)
+
 def fell(
     checks:pd.DataFrame, # As `curves_of` gives it
 )->pd.DataFrame: # For each base, arm and seed: error at the beginning and at the end, and whether it fell
@@ -149,7 +161,7 @@ def fell(
     first, last = (checks[checks.epoch==e].set_index(['base', 'arm', 'seed']).inside for e in (checks.epoch.min(), checks.epoch.max()))
     return pd.DataFrame({'before': first, 'after': last, 'fell': last<first}).reset_index()
 
-# %% ../nbs/38_teach.ipynb #32977afa
+# %% ../nbs/38_teach.ipynb #eb85b2f7
 def lesson_figure(
     films:pd.DataFrame, # As `teach` gives it
     checks:pd.DataFrame, # As `curves_of` gives it
@@ -157,14 +169,14 @@ def lesson_figure(
     "Error inside the mask, SSIM inside the mask and expression of the lesion, a line for each seed: taught in colour, control in grey"
     import matplotlib.pyplot as plt
     bases = list(dict.fromkeys(films.base))
-    fig, axes = plt.subplots(len(bases), 3, figsize=(9.5, 2.5*len(bases)), dpi=72, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(len(bases), 3, figsize=(9.5, 2.7*len(bases)), dpi=80, squeeze=False, layout='constrained')
     for row,base in zip(axes, bases):
         means = films[films.base==base].groupby(['arm', 'seed', 'epoch'])[['ssim', 'expression']].mean().reset_index()
         for ax,(t,column,title) in zip(row, ((checks[checks.base==base], 'inside', 'squared error, latents'), (means, 'ssim', 'SSIM'), (means, 'expression', 'expression of the lesion'))):
-            for (arm,_),o in t.groupby(['arm', 'seed']): ax.plot(o.epoch, o[column], lw=1, color='C0' if arm=='taught' else '.6', ls='-' if arm=='taught' else '--')
-            ax.set_title(f'{base}: {title}', fontsize=8); ax.set_xlabel('epoch', fontsize=7); ax.tick_params(labelsize=6)
-    for arm,style in (('taught', dict(color='C0')), ('control', dict(color='.6', ls='--'))): axes[0, 0].plot([], [], label=arm, **style)
-    axes[0, 0].legend(fontsize=6, frameon=False)
+            for (arm,_),o in t.groupby(['arm', 'seed']): ax.plot(o.epoch, o[column], lw=1, color='#0173b2' if arm=='taught' else '.5', ls='-' if arm=='taught' else '--')
+            ax.set_title(f'{base}: {title}', fontsize=9); ax.set_xlabel('epoch', fontsize=9); ax.tick_params(labelsize=8)
+    for arm,style in (('taught', dict(color='#0173b2')), ('control', dict(color='.5', ls='--'))): axes[0, 0].plot([], [], label=arm, **style)
+    axes[0, 0].legend(fontsize=8, frameon=False)
     return fig
 
 def lesson_sheet(

@@ -10,6 +10,7 @@ from elbowsynth.extractors import features, kept_features, state_dict
 from elbowsynth.floors import load_autoencoders, region_masks, round_trip
 from elbowsynth.metrics import (MMD_CONVENTIONS, MS_SSIM_CONVENTIONS, SSIM_CONVENTIONS, kernel_sums, kid, mmd2, ms_ssim, multiplied, pair_scores, prdc, scale_means, score_run,
                                 similarity_maps, ssim, vendi)
+from elbowsynth.stats import run_statistics
 
 LITE = 'efficientnet_lite0'
 
@@ -240,18 +241,19 @@ def run_folder(folder, n=20, size=176):
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     folder = run_folder(tmp_path_factory.mktemp('run'))
-    score_run(folder, ['gan', 'flux'], size=176, extractor=LITE, device='cpu')
+    score_run(folder, ['gan', 'flux'], size=176, extractor=LITE, device='cpu', statistics=run_statistics)
     return folder
 
 def test_every_number_says_how_it_came_about(run):
     tables = {p.stem: pd.read_csv(p) for p in (run/'metrics').glob('*.csv')}
-    assert set(tables)=={'scores', 'summary', 'best', 'choice', 'floors', 'regions', 'sets', 'groups', 'enlarge'}
+    assert set(tables)=={'scores', 'summary', 'best', 'choice', 'floors', 'regions', 'sets', 'groups', 'enlarge', 'intervals', 'tests', 'trends', 'mmd'}
+    tables |= {p.name: pd.read_csv(p) for p in (run/'metrics'/'epochs').glob('*.csv')}
     for name,t in tables.items():
         assert len(t) and t[['convention', 'estimator', 'extractor', 'resize']].notna().all().all(), name
         if name in ('summary', 'sets', 'floors', 'best'): assert (t.extractor=='efficientnet_lite0 (ImageNet)').all()
     assert {'model', 'kind', 'epoch', 'pair', 'ssim', 'ms_ssim'}<=set(tables['scores']) and tables['scores'].notna().all().all()
     assert set(tables['best'].block)=={'whole film', 'inpainting'}
-    for n in 'best', 'summary', 'scores': assert (tables[n].groupby('model').block.nunique()==1).all()
+    for n in 'best', 'summary', 'scores', 'choice': assert (tables[n].groupby('model').block.nunique()==1).all()
 
 def test_regions_tell_drawn_from_copied(run):
     t = pd.read_csv(run/'metrics'/'regions.csv').set_index(['model', 'kind', 'region'])
@@ -259,6 +261,7 @@ def test_regions_tell_drawn_from_copied(run):
     assert abs(t.error[('flux', 'samples', 'inside')]-t.error[('flux', 'raw', 'inside')])<1e-6
     assert t.ssim_full[('flux', 'samples', 'outside')]>.95>t.ssim_full[('flux', 'samples', 'inside')]
     assert 'gan' not in t.index.get_level_values(0) and t.loc[('telea', 'floor', 'outside'), 'error']==0
+    assert t.error[('other_real', 'floor', 'outside')]>0
     region = region_masks(cv2.imread(str(run/'masks'/'f0__normal.png'), 0)[None])
     read = lambda k: cv2.imread(str(run/k/'f0__normal.png' if k!='images' else run/'images'/'f0.png'), 0)[None]/255
     one = pd.read_csv(run/'metrics'/'epochs'/'flux_raw_0010.csv').set_index('pair').loc['f0__normal']
@@ -286,6 +289,47 @@ def test_how_films_are_enlarged_is_measured(run):
     summary = pd.read_csv(run/'metrics'/'summary.csv').set_index('model')
     assert abs(t.ssim['bilinear']-summary.ssim['gan'])<1e-5 and abs(t.mmd2['bilinear']-summary.mmd2['gan'])<1e-4
 
+def test_new_validation_films_leave_other_checkpoints_alone(run, tmp_path):
+    "A model that starts to hold patients out changes the set of validation films, not the scores of what was scored"
+    shutil.copytree(run, tmp_path/'run')
+    at = tmp_path/'run'
+    films = [i for i in range(20, 40)]
+    def hold(model, those):
+        for i in those: write_png(at/model/'validation'/'0010'/f'f{i}__normal.png', cv2.imread(str(at/'images'/f'f{i}.png'), 0))
+    def names(): return {p.name: p.stat().st_mtime_ns for p in (at/'metrics'/'epochs').iterdir()}
+    shutil.copytree(at/'gan'/'samples', at/'late'/'samples')
+    hold('gan', films[4:])
+    score_run(at, ['gan', 'late'], size=176, extractor=LITE, device='cpu')
+    before = names()
+    hold('late', films[:6])
+    score_run(at, ['gan', 'late'], size=176, extractor=LITE, device='cpu')
+    assert {n.split('.')[0] for n,t in names().items() if before.get(n)!=t}=={'late_validation_0010', 'real_validation'}
+
+def test_statistics_of_a_run(run):
+    intervals, tests, mmd = (pd.read_csv(run/'metrics'/f'{n}.csv', keep_default_na=False, na_values=['']) for n in ('intervals', 'tests', 'mmd'))
+    ours = intervals[(intervals.model=='gan')&(intervals.metric=='ssim')].iloc[0]
+    assert ours.low<ours['mean']<ours.high and (ours.n, ours.patients, ours.checkpoint, ours.region)==(20, 10, 'last', 'whole film')
+    assert np.isclose(ours['mean'], pd.read_csv(run/'metrics'/'summary.csv').set_index('model').ssim['gan'], atol=1e-5)
+    assert {'inside', 'ring', 'outside', 'whole film'}==set(intervals.region[intervals.model=='flux'])
+    block = pd.read_csv(run/'metrics'/'floors.csv').set_index('floor').block.to_dict() | {'gan': 'whole film', 'flux': 'inpainting'}
+    assert len(tests) and all(block[o.a]==block[o.b]==o.block for o in tests.itertuples()) and (tests.p_holm>=tests.p-1e-12).all()
+    assert {tuple(o) for o in tests[['a', 'b']].to_numpy()}=={('gan', 'other_real'), ('flux', 'telea')}
+    t = mmd[mmd.kind!='raw'].set_index(['model', 'convention'])
+    assert t.loc[('noise', 'median'), 'p']<.05 and t.test['flux', 'median']=='swap' and t.test['gan', 'median']=='permutation'
+    assert set(mmd.convention)==set(MMD_CONVENTIONS) and (mmd.low<mmd.estimate).all() and t.loc[('noise', 'median'), 'equivalent']==False
+    assert pd.read_csv(run/'metrics'/'trends.csv').reason.str.contains('of the 3 trained checkpoints').all()
+
+def test_noise_is_of_the_pairs_that_a_model_covers(run, tmp_path):
+    shutil.copytree(run, tmp_path/'run')
+    at = tmp_path/'run'
+    for i in range(8): (at/'gan'/'samples'/'0010'/f'f{i}__normal.png').unlink()
+    score_run(at, ['gan', 'flux'], size=176, extractor=LITE, device='cpu')
+    best, noise = pd.read_csv(at/'metrics'/'best.csv').set_index(['model', 'metric']), pd.read_csv(at/'metrics'/'epochs'/'noise.csv')
+    vectors_ = [np.load(at/'metrics'/'epochs'/f'{n}.npy')[8:] for n in ('real_test', 'noise')]
+    assert best.n['gan', 'ssim']==12 and np.isclose(best.noise['gan', 'ssim'], noise.ssim[8:].mean(), atol=1e-6)
+    assert np.isclose(best.noise['gan', 'mmd2_paper_A'], mmd2(*vectors_, 'paper_A'), rtol=1e-4)
+    assert np.isclose(best.factor['gan', 'ssim'], best.best['gan', 'ssim']/noise.ssim[8:].mean(), rtol=1e-3)
+
 def test_a_killed_run_loses_one_batch_at_most(run, tmp_path):
     shutil.copytree(run, tmp_path/'run', ignore=shutil.ignore_patterns('metrics'))
     code = textwrap.dedent(f'''
@@ -302,17 +346,28 @@ def test_a_killed_run_loses_one_batch_at_most(run, tmp_path):
     scored = []
     whole = metrics.score_batch
     metrics.score_batch = lambda at,*a: (scored.append(at), whole(at, *a))
-    try: score_run(tmp_path/'run', ['gan', 'flux'], size=176, extractor=LITE, device='cpu')
+    try: score_run(tmp_path/'run', ['gan', 'flux'], size=176, extractor=LITE, device='cpu', statistics=run_statistics)
     finally: metrics.score_batch = whole
     assert len(scored)==2*(3+5)-3                                   # two batches each of three checkpoints and five floors; three were done
-    for n in 'scores.csv', 'sets.csv', 'metrics.json': assert (tmp_path/'run'/'metrics'/n).read_text()==(run/'metrics'/n).read_text(), n
+    for n in 'scores.csv', 'sets.csv', 'intervals.csv', 'tests.csv', 'mmd.csv', 'metrics.json': assert (tmp_path/'run'/'metrics'/n).read_text()==(run/'metrics'/n).read_text(), n
     assert not list((tmp_path/'run'/'metrics').rglob('*.parts'))
 
 def test_only_what_is_new_is_scored(run):
     said = json.loads((run/'metrics'/'metrics.json').read_text())
     times = {p: p.stat().st_mtime_ns for p in (run/'metrics'/'epochs').iterdir()}
     shutil.copytree(run/'gan'/'samples'/'0010', run/'gan'/'samples'/'0020')
-    try: again = score_run(run, ['gan', 'flux'], size=176, extractor=LITE, device='cpu')
+    try: again = score_run(run, ['gan', 'flux'], size=176, extractor=LITE, device='cpu', statistics=run_statistics)
     finally: shutil.rmtree(run/'gan'/'samples'/'0020')
     new = {p.name.split('.')[0] for p in (run/'metrics'/'epochs').iterdir() if times.get(p)!=p.stat().st_mtime_ns}
     assert new=={'gan_samples_0020'} and {k: v for k,v in again.items()}==said
+
+def test_films_of_different_size_are_named():
+    x = [np.zeros((40, 40)), np.zeros((40, 40)), np.zeros((40, 41))]
+    with pytest.raises(ValueError, match='film 2 of x is 40x41'): ssim(x, x)
+
+def test_sets_on_another_device():
+    "The branch of a GPU, on the CPU"
+    fx,fy = vectors(30, 20)
+    for c in MMD_CONVENTIONS: assert mmd2(fx, fy, c, device=torch.device('cpu'))==mmd2(fx, fy, c)
+    if torch.cuda.is_available():
+        for c in MMD_CONVENTIONS: assert np.isclose(mmd2(fx, fy, c, device='cuda'), mmd2(fx, fy, c), atol=1e-9)
