@@ -80,7 +80,7 @@ def answers(
                      'seeds': len(seeds), 'told': in_a_word(o['low'], o['high'], np.sign(seeds)) if c else 'the reference', 'paper': SAID.get(q, '')})
     return pd.DataFrame(rows)
 
-# %% ../nbs/39_ablation.ipynb #1bf2e3e8
+# %% ../nbs/39_ablation.ipynb #2d031aea
 def answers_figure(
     films:pd.DataFrame, # As `ablate` gives it
     checks:pd.DataFrame, # As `curves_of` gives it
@@ -89,7 +89,7 @@ def answers_figure(
     "Differences from the reference, a row for each answer: expression of the lesion (interval over patients, a dot for each seed), and the error inside the masks (a dot for each seed)"
     import matplotlib.pyplot as plt
     t = answers(films, tried)
-    last = checks[checks.epoch==checks.epoch.max()].pivot_table(index='seed', columns='arm', values='inside')
+    last = checks.sort_values('epoch').groupby(['seed', 'arm']).inside.last().unstack('arm')
     shown = films.groupby(['trial', 'seed']).expression.mean().unstack('trial')
     fig, axes = plt.subplots(1, 2, figsize=(9, .3*len(t)+1.2), dpi=80, sharey=True, layout='constrained')
     for y,o in t.iterrows():
