@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['REFERENCE', 'TRIED', 'SAID', 'trial_name', 'trials', 'ablate', 'in_a_word', 'answers', 'answers_figure']
 
-# %% ../nbs/39_ablation.ipynb #46e0511f
+# %% ../nbs/39_ablation.ipynb #596c0172
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import replacing
+from .core import replacing, save_json
+from .figures import STYLE
 from .stats import cluster_bootstrap
-from .teach import TRAIN, arms, curves_of, judged_films, twins
+from .teach import MEASURES, TRAIN, arms, curves_of, judged_films, twins
 
 # %% ../nbs/39_ablation.ipynb #c4b44ca1
 REFERENCE = dict(lr=5e-4, text_lr=1e-3, batch=4, optimizer='adafactor', dtype='float32', stochastic_rounding=False, unmasked_weight=.4, lora_rank=0)
@@ -35,7 +36,7 @@ def trials(
     "All trainings, one change at a time"
     return {'reference': dict(REFERENCE)} | {trial_name(q, a, c): REFERENCE | c for q,o in tried.items() for a,c in o.items()}
 
-# %% ../nbs/39_ablation.ipynb #9bf9d64a
+# %% ../nbs/39_ablation.ipynb #3df92f23
 def ablate(
     out:Path, # Its folder
     base:str='tiny-sdxl', # Where all start: a key of `TRAIN`
@@ -49,6 +50,7 @@ def ablate(
     "Train in every way, and judge what each has learned"
     out, learn_from, draw_for, rows = Path(out), arms(twins(n_train, 'train', size))['taught'], twins(n_test, 'test', size), []
     train, special = TRAIN[base]
+    save_json(out/'conventions.json', MEASURES | {'size': size})
     for seed,(name,settings) in [(s, o) for s in range(seeds) for o in trials(tried).items()]:
         folder = train(learn_from, arms(draw_for)['taught'], out/f'{base}-{name}-{seed}', base=base, boost_epochs=0, seed=seed, **special, **settings, **training)
         last = max((folder/'samples').glob('[0-9]*'))
@@ -86,7 +88,7 @@ def answers(
                      'seeds': len(seeds), 'told': in_a_word(o['low'], o['high'], np.sign(seeds)) if c else 'the reference', 'paper': SAID.get(q, '')})
     return pd.DataFrame(rows)
 
-# %% ../nbs/39_ablation.ipynb #96055126
+# %% ../nbs/39_ablation.ipynb #1d512680
 def answers_figure(
     films:pd.DataFrame, # As `ablate` gives it
     checks:pd.DataFrame, # As `curves_of` gives it
@@ -97,18 +99,19 @@ def answers_figure(
     t = answers(films, tried)
     last = checks.sort_values('epoch').groupby(['seed', 'arm']).inside.last().unstack('arm')
     shown = films.groupby(['trial', 'seed']).expression.mean().unstack('trial')
-    fig, axes = plt.subplots(1, 2, figsize=(9, .3*len(t)+1.2), dpi=80, sharey=True, layout='constrained')
-    for y,o in t.iterrows():
-        name = trial_name(o.question, o.answer, tried[o.question][o.answer])
-        if name=='reference': continue
-        axes[0].plot([o.low, o.high], [y, y], color='.6', lw=5, solid_capstyle='butt')
-        for ax,v in zip(axes, (shown, last)): ax.plot(v[name]-v['reference'], [y]*len(v), 'o', color='#0173b2', ms=4)
-    for ax,title in zip(axes, ('expression', 'squared error in the mask')):
-        ax.axvline(0, color='k', lw=.8)
-        for y in range(1, len(t)):
-            if t.question[y]!=t.question[y-1]: ax.axhline(y-.5, color='.85', lw=.8)
-        ax.set_title(title+', less the reference', fontsize=10)
-        ax.locator_params(axis='x', nbins=5)
-    axes[0].set_yticks(range(len(t)), [f'{o.question}: {o.answer}'+' (reference)'*(o.told=='the reference') for o in t.itertuples()], fontsize=9)
-    axes[0].invert_yaxis()
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 2, figsize=(8.4, .26*len(t)+1.1), sharey=True, layout='constrained')
+        for y,o in t.iterrows():
+            name = trial_name(o.question, o.answer, tried[o.question][o.answer])
+            if name=='reference': continue
+            axes[0].plot([o.low, o.high], [y, y], color='.6', lw=5, solid_capstyle='butt')
+            for ax,v in zip(axes, (shown, last)): ax.plot(v[name]-v['reference'], [y]*len(v), 'o', color='#0173b2', ms=4)
+        for ax,title in zip(axes, ('expression', 'squared error in the mask')):
+            ax.axvline(0, color='k', lw=.8)
+            for y in range(1, len(t)):
+                if t.question[y]!=t.question[y-1]: ax.axhline(y-.5, color='.85', lw=.8)
+            ax.set(title=title, xlabel='less the reference')
+            ax.locator_params(axis='x', nbins=5)
+        axes[0].set_yticks(range(len(t)), [f'{o.question}: {o.answer}'+' (reference)'*(o.told=='the reference') for o in t.itertuples()])
+        axes[0].invert_yaxis()
     return fig

@@ -7,8 +7,8 @@ __all__ = ['STYLE', 'METRICS', 'DASHES', 'NAMES', 'PAPER', 'save_figure', 'film_
            'mark_boost', 'mmd_panel', 'similarity_panel', 'learning_curves', 'row_films', 'sample_row', 'grid_pairs',
            'sample_grid', 'table1', 'both_panels', 'both_figure', 'last_figure', 'paper_noise', 'score_panel',
            'table1_figure', 'choice_table', 'training_seed', 'seed_table', 'ranking', 'ranking_sentences',
-           'stage_values', 'films_sentence', 'changed_values', 'run_sentences', 'model_sentences', 'model_figures',
-           'honest_sentences', 'open_run', 'normal_pairs', 'rejects_of']
+           'stage_values', 'films_sentence', 'changed_values', 'run_sentences', 'model_sentences', 'noise_of',
+           'model_figures', 'interval_table', 'honest_sentences', 'open_run', 'normal_pairs', 'rejects_of']
 
 # %% ../nbs/35_figures.ipynb #91d0db8c
 import glob, json, textwrap
@@ -484,31 +484,49 @@ def model_sentences(
     elif base: text += f'It started from `{Path(base).name if base.startswith("/") else base}`.'
     return text
 
-# %% ../nbs/35_figures.ipynb #b02fe5bf
+# %% ../nbs/35_figures.ipynb #3d08b7fd
+def noise_of(
+    best:pd.DataFrame, # As in `best.csv`
+    model:str, # Folder of a model
+)->dict: # Metric to score
+    "What noise scores on a model's pairs"
+    return best[best.model==model].set_index('metric').noise.to_dict()
+
+# %% ../nbs/35_figures.ipynb #01c897a5
 def model_figures(
     run:Path, # Folder of the run
     model:str, # Folder of the model
     pair:pd.Series, # The pair to show
     summary:pd.DataFrame, # As in `summary.csv`
-    scores:dict, # What `metrics.json` says
+    noise:dict, # As `noise_of` gives it
     images:str='images', # Folder of the films
-    masks:str='masks', # Folder of the masks
+    masks:str='masks', # Folder of the masks; empty for a model that draws whole films
     others:pd.DataFrame=None, # Test pairs from which a grid of a model that draws whole films is filled
     chosen:int=None, # The checkpoint that validation chose
     normal:int=None, # The last epoch at the normal rate, if others follow
 )->dict: # Name to figure: curves, samples and, for inpainting models, raw
     "Figures 3 to 8 for one model; empty if there is nothing to draw"
     if not ((summary.model==model)&(summary.kind=='samples')).any(): return {}
-    fills = model in scores['inpainting']
-    figures = {'curves': learning_curves(summary, model, scores['baselines']['noise_mask' if fills else 'noise'], chosen=chosen, normal=normal)}
-    if not fills and others is not None:
+    figures = {'curves': learning_curves(summary, model, noise, chosen=chosen, normal=normal)}
+    if not masks and others is not None:
         drawn = others[[bool(samples_of(run, model, p)) for p in others.pair]]
         return figures | {'samples': sample_grid(run, model, grid_pairs(drawn, pair if pair.pair in set(drawn.pair) else drawn.iloc[0]), images)}
     for kind in ('samples', 'raw'):
-        if samples_of(run, model, pair.pair, kind): figures[kind] = sample_row(*row_films(run, model, pair, images, masks if fills else '', kind, normal=normal))
+        if samples_of(run, model, pair.pair, kind): figures[kind] = sample_row(*row_films(run, model, pair, images, masks, kind, normal=normal))
     return figures
 
-# %% ../nbs/35_figures.ipynb #075caf27
+# %% ../nbs/35_figures.ipynb #04293456
+def interval_table(
+    intervals:pd.DataFrame, # As in `intervals.csv`
+)->pd.DataFrame: # Ready to be read: a row for each model, and floor, a column for each metric
+    "Means over whole films with 95 % intervals over patients"
+    t = intervals[(intervals.region=='whole film')&(intervals.kind!='raw')&intervals.metric.isin(('ssim', 'ms_ssim'))]
+    words = [f'{o.mean:.3f} [{o.low:.3f}, {min(o.high, 1):.3f}]' if pd.notna(o.low) else f'{o.mean:.3f}, no interval: {o.reason}' for o in t[['mean', 'low', 'high', 'reason']].itertuples()]
+    t = t.assign(words=words, Model=[NAMES.get(m, m.replace('_', ' ')) for m in t.model], Metric=t.metric.map(METRICS), Draws=t.block, Checkpoint=[k if k=='floor' else f'{e}, {k}' for e,k in zip(t.epoch, t.checkpoint)])
+    wide = t.pivot_table(index=['Draws', 'Model', 'Checkpoint', 'n', 'patients'], columns='Metric', values='words', aggfunc='first', sort=False)
+    return wide.reset_index().rename_axis(columns=None).rename(columns={'n': 'Pairs', 'patients': 'Patients'})
+
+# %% ../nbs/35_figures.ipynb #d836e019
 def honest_sentences(
     scores:dict, # What `metrics.json` says
     values:dict[str,dict], # As `stage_values` gives it
@@ -522,7 +540,7 @@ def honest_sentences(
               'from nothing, and the film is not anonymous: outside the mask it is the original.']*bool(scores['inpainting'])
     notes += ['SSIM between a film and one that never saw it (all GANs) tells how alike two elbows lie, more than how real one looks.'
               ]*bool(set(scores['models'])-set(scores['inpainting']))
-    notes += [f'{scores["pairs"]} test pairs, one synthetic film each, no error bars. In the table of best scores the checkpoint was chosen by the same test pairs; what '
+    notes += [f'{scores["pairs"]} test pairs, one synthetic film each; intervals are over patients and know nothing of another training. In the table of best scores the checkpoint was chosen by the same test pairs; what '
               'validation patients chose, where there are any, stands in a table of its own.',
               f'MMD was measured with {scores["extractor"]}, trained on photographs. `median` is its unbiased square with the bandwidth fitted to the test films; '
               '`paper_A` is the reading of the paper that comes nearest to its numbers.']

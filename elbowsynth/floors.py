@@ -62,21 +62,24 @@ def round_trip(
     if back.shape!=films.shape or back.dtype!=np.uint8: raise ValueError(f'the round trip gave {back.dtype} {back.shape} for uint8 {films.shape}: it must give films of the same size, as bytes')
     return back if masks is None else np.where(masks>127, back, films)
 
-# %% ../nbs/29_floors.ipynb #de1774cd
+# %% ../nbs/29_floors.ipynb #2c4d623c
 def load_autoencoders(
-    named:list[str], # Each as NAME=FOLDER; FOLDER is a base with `vae/` in it, or an autoencoder's own folder
+    named:list[str], # Each as NAME=BASE; BASE is a folder with `vae/` in it, an autoencoder's own folder, or a base of the hub that was fetched before
     device:str='auto', # Where to compute; `auto` is cuda if there is one
     within:Path='.', # Where relative folders start
 )->dict: # Name to autoencoder
     "Autoencoders for `round_trip`, from safetensors"
     device, out = ('cuda' if torch.cuda.is_available() else 'cpu') if device=='auto' else device, {}
     for o in named:
-        name,_,folder = o.partition('=')
-        at = Path(within)/folder
-        at = at/'vae' if (at/'vae').is_dir() else at
-        if not folder or not (at/'config.json').is_file(): raise FileNotFoundError(f'autoencoder {o!r}: {at} holds no config.json. Write NAME=FOLDER, with a folder that diffusers wrote')
         from diffusers import AutoencoderKL
-        out[name] = AutoencoderKL.from_pretrained(at, use_safetensors=True, local_files_only=True).eval().to(device)
+        name,_,base = o.partition('=')
+        at = Path(within)/base
+        at = at/'vae' if (at/'vae').is_dir() else at
+        found = (at, {}) if (at/'config.json').is_file() else (base, {'subfolder': 'vae'})
+        try: out[name] = AutoencoderKL.from_pretrained(found[0], use_safetensors=True, local_files_only=True, **found[1]).eval().to(device)
+        except (OSError, ValueError) as e: raise FileNotFoundError(
+            f'autoencoder {o!r}: {at} holds no autoencoder that can be read, and no base of that name was fetched from the hub ({str(e).splitlines()[0]}). '
+            'Write NAME=BASE, with the base that the stage trains; an empty list leaves this floor out.') from None
     return out
 
 # %% ../nbs/29_floors.ipynb #15b7898e

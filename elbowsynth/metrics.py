@@ -7,11 +7,11 @@ __all__ = ['WINDOWS', 'C1', 'C2', 'SSIM_CONVENTIONS', 'MS_WEIGHTS', 'MS_SSIM_CON
            'PAIR', 'SETS', 'MEANS', 'NETWORK', 'SAYS', 'FOILS', 'window_means', 'similarity_maps', 'both_films',
            'convention_of', 'pooled', 'mean_in', 'each_pair', 'ssim', 'halved', 'scale_means', 'multiplied', 'ms_ssim',
            'pair_scores', 'sq_dists', 'both_sets', 'unit_length', 'precise_blocks', 'kernel_of', 'kernel_sums', 'mmd2',
-           'kid', 'prdc', 'vendi', 'set_numbers', 'checkpoints', 'scoring_films', 'films_digest', 'score_batch',
-           'gather_batches', 'set_scores', 'signs_of', 'with_signs', 'write_table', 'scored', 'finish_job',
-           'score_jobs', 'floor_jobs', 'scoring_jobs', 'best_scores', 'own_noise', 'group_scores', 'shipped_epoch',
-           'checkpoint_choice', 'enlargement', 'region_table', 'end_checkpoints', 'to_judge', 'gather_scores',
-           'digest_of_code', 'real_features', 'score_set', 'score_enlargement', 'score_run']
+           'kid', 'prdc', 'vendi', 'variety', 'set_numbers', 'checkpoints', 'scoring_films', 'films_digest',
+           'score_batch', 'gather_batches', 'set_scores', 'signs_of', 'with_signs', 'write_table', 'scored',
+           'finish_job', 'score_jobs', 'floor_jobs', 'scoring_jobs', 'best_scores', 'own_noise', 'group_scores',
+           'shipped_epoch', 'checkpoint_choice', 'enlargement', 'region_table', 'end_checkpoints', 'to_judge',
+           'gather_scores', 'digest_of_code', 'real_features', 'score_set', 'score_enlargement', 'score_run']
 
 # %% ../nbs/30_metrics.ipynb #cf6ce1a0
 import hashlib, json, shutil
@@ -395,7 +395,15 @@ def vendi(
     v = v[v>1e-12]
     return float(np.exp(-(v*np.log(v)).sum()))
 
-# %% ../nbs/30_metrics.ipynb #c229965e
+# %% ../nbs/30_metrics.ipynb #4f324f82
+def variety(
+    fx:np.ndarray, # Features of the real films, each film once
+    fy:np.ndarray, # Features of the synthetic films
+)->dict[str,float]: # precision, recall, density, coverage (none where a set holds fewer than six) and vendi
+    "Fidelity and variety of a set of synthetic films"
+    near = prdc(fx, fy) if min(len(fx), len(fy))>5 else dict.fromkeys(('precision', 'recall', 'density', 'coverage'), np.nan)
+    return near | {'vendi': vendi(fy)}
+
 def set_numbers(
     fx:np.ndarray, # Features of the real films, one for each pair
     fy:np.ndarray, # Features of the synthetic films
@@ -405,9 +413,8 @@ def set_numbers(
     first = np.unique(np.asarray(images), return_index=True)[1]
     enough = len(np.unique(fx.round(3), axis=0))>1 and len(fx)>1
     rows = [('mmd2', mmd2(fx, fy, c) if enough else np.nan, c, 'Eq. 3, every pair by itself; by patient in mmd.csv' if o['unbiased'] else 'biased') for c,o in MMD_CONVENTIONS.items()]
-    near = prdc(fx[first], fy) if min(len(first), len(fy))>5 else dict.fromkeys(('precision', 'recall', 'density', 'coverage'), np.nan)
-    rows += [(m, v, 'k = 5, Euclidean', f'{len(first)} different real films') for m,v in near.items()]
-    rows += [(n, vendi(f), 'cosine, order 1', 'plug-in') for n,f in (('vendi', fy), ('vendi_real', fx[first]))]
+    near = variety(fx[first], fy) | {'vendi_real': vendi(fx[first])}
+    rows += [(m, v, *(('cosine, order 1', 'plug-in') if m.startswith('vendi') else ('k = 5, Euclidean', f'{len(first)} different real films'))) for m,v in near.items()]
     return pd.DataFrame(rows, columns=['metric', 'value', 'convention', 'estimator'])
 
 # %% ../nbs/30_metrics.ipynb #1df03823
@@ -482,7 +489,7 @@ def set_scores(
     mean = {k: None if pd.isna(v) else float(v) for k,v in table.mean().items()}
     return {'n': len(table)} | mean | {n: None if pd.isna(mmd[c]) else float(mmd[c]) for n,c in (('mmd2', 'median'), ('mmd2_paper_A', 'paper_A'))}
 
-# %% ../nbs/30_metrics.ipynb #db12909e
+# %% ../nbs/30_metrics.ipynb #7b48be00
 PAIR = 'ssim: piq; ssim_full: piq_full; ms_ssim: piq; error: mean absolute difference'
 SETS = '; mmd2: median; mmd2_paper_A: paper_A'
 MEANS = 'means over pairs; mmd2 by Eq. 3, every pair by itself (by patient in mmd.csv), mmd2_paper_A biased'
@@ -497,7 +504,8 @@ SAYS = {'scores': (PAIR, 'one pair, mean over windows'), 'summary': (PAIR+SETS, 
         'intervals': (PAIR+'; regions weighted by window centres', 'mean over pairs; 95 % interval: bootstrap of whole patients, expanded percentiles'),
         'tests': (PAIR, 'difference of means over the pairs that both have, interval as in intervals.csv; p: signed ranks, the signs of a patient turned together; Holm within a block'),
         'trends': ('ssim: piq; ms_ssim: piq; mmd2: median', 'trained checkpoints; mean slope of a pair for each epoch, interval over patients; rank correlation: mean of the pairs, for mmd2 Kendall tau'),
-        'mmd': ('mmd2: as in the row', 'unbiased, vectors of different patients only; 95 % interval: jackknife over patients; bandwidth taken as given; equivalent: upper end of the 90 % interval below a tenth of the MMD² of noise')}
+        'mmd': ('mmd2: as in the row', 'unbiased, vectors of different patients only; 95 % interval: jackknife over patients; bandwidth taken as given; equivalent: upper end of the 90 % interval below a tenth of the MMD² of noise'),
+        'variety': ('precision, recall, density, coverage: k = 5, Euclidean; vendi: cosine, order 1', 'all pairs, each real film once; 95 % interval for a set of this size: parts of four fifths of the patients')}
 
 def signs_of(
     name:str, # Of the table
@@ -506,7 +514,7 @@ def signs_of(
 )->dict: # convention, estimator, extractor and resize, those that the rows do not have themselves
     "What the numbers of a table mean"
     says = dict(zip(('convention', 'estimator'), SAYS[name])) if name in SAYS else {}
-    seen = 'mmd2' in says.get('convention', 'mmd2')
+    seen = any(k in says.get('convention', 'mmd2') for k in ('mmd2', 'vendi'))
     return says | {'extractor': extractor if seen else '-', 'resize': f'{resize}; {NETWORK}' if seen else resize}
 
 def with_signs(
@@ -760,7 +768,7 @@ def end_checkpoints(
             rows.append((model, e, ' and '.join(w for w,v in ways.items() if v==e), e==(ways['last'] if ways['chosen'] is None else ways['chosen'])))
     return pd.DataFrame(rows, columns=['model', 'epoch', 'checkpoint', 'compared'])
 
-# %% ../nbs/30_metrics.ipynb #f681a590
+# %% ../nbs/30_metrics.ipynb #ed489b9d
 FOILS = ['other_real', 'telea']
 
 def to_judge(
@@ -789,7 +797,7 @@ def to_judge(
     later = summary[(summary.kind=='samples')&(summary.epoch>0)]
     return pd.concat(tables), pd.concat([t for o,t in zip(those, tables) if o[5]]), pd.concat(curves) if curves else summary[:0].assign(pair='', image='', patient=''), later, sets
 
-# %% ../nbs/30_metrics.ipynb #a63cb85b
+# %% ../nbs/30_metrics.ipynb #e187e4ae
 def gather_scores(
     out:Path, # Folder of the scores
     found:pd.DataFrame, # As `checkpoints` gives it; all are scored
@@ -818,7 +826,7 @@ def gather_scores(
               'regions': region_table(pd.concat([each, put('.csv', at_floor)])),
               'sets': put('.sets.csv', ids+at_floor)[['model', 'kind', 'epoch', 'block', 'metric', 'value', 'convention', 'estimator']],
               'groups': group_scores(each[each.kind=='samples'], pairs).assign(block=lambda t: t.model.map(fills))}
-    if statistics and len(drawn): tables |= statistics(*to_judge(out, found, floors, pairs, summary, fx, fills), MMD_CONVENTIONS)
+    if statistics and len(drawn): tables |= statistics(*to_judge(out, found, floors, pairs, summary, fx, fills), MMD_CONVENTIONS, variety)
     for n,t in tables.items(): write_table(out, n, t, settings['extractor'], settings['resize'])
     return save_json(out/'metrics.json', settings | {'models': found.model.unique().tolist(), 'inpainting': inpainting, 'baselines': baselines})
 

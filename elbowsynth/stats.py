@@ -7,11 +7,13 @@ __all__ = ['REGIONS', 'COLUMNS', 'numbered', 'as_values', 'cluster_mean', 'resam
            'cluster_bootstrap', 'gaussian_kernel', 'cubic_kernel', 'median_distance', 'convention_kernel',
            'sums_across', 'numbered_names', 'two_sets', 'mmd_jackknife', 'cluster_subsampling', 'permutation_test',
            'swap_test', 'signed_rank', 'paired_test', 'holm', 'too_few', 'paired_tests', 'trend', 'set_trend',
-           'equivalence_test', 'score_intervals', 'score_tests', 'score_trends', 'set_distances', 'run_statistics']
+           'equivalence_test', 'score_intervals', 'score_tests', 'score_trends', 'set_distances', 'set_varieties',
+           'run_statistics']
 
-# %% ../nbs/31_stats.ipynb #b06e4bc3
+# %% ../nbs/31_stats.ipynb #b8223475
 import numpy as np, pandas as pd, torch
 from scipy.stats import kendalltau, norm, rankdata, t as student
+from .core import progress
 
 # %% ../nbs/31_stats.ipynb #0b4beb6a
 def numbered(
@@ -485,7 +487,7 @@ def score_trends(
     t = pd.DataFrame(rows, columns=columns).astype({'rank_correlation': float, 'p': float})
     return t.assign(p_holm=pd.Series(holm(t.p.dropna()), t.p.dropna().index, float))
 
-# %% ../nbs/31_stats.ipynb #4642eff4
+# %% ../nbs/31_stats.ipynb #90b4e618
 def set_distances(
     sets:list[dict], # Each with block, model, kind, epoch, checkpoint, paired, and arrays: fx, fy, noise (features), patients, films
     conventions:dict, # As `metrics.MMD_CONVENTIONS`
@@ -496,7 +498,7 @@ def set_distances(
 )->pd.DataFrame: # A row for each set and convention
     "MMD² by patients with intervals, tests and equivalence"
     rows = []
-    for o in sets:
+    for o in progress(sets, 'MMD² with intervals'):
         x,y,g = o['fx'], o['fy'], np.asarray(o['patients'], object)
         made_for = g if o['paired'] else np.array([f'made for {i}' for i in g], object)
         why = too_few(g, o['films'], fewest) or ('' if len(set(g))>2 else '2 of the 3 patients that a jackknife wants')
@@ -513,7 +515,26 @@ def set_distances(
     columns = ['block', 'model', 'kind', 'epoch', 'checkpoint', 'convention', 'estimate', 'low', 'high', 'se', 'test', 'p', 'margin', 'equivalent', 'n', 'patients', 'reason']
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../nbs/31_stats.ipynb #3d1548e0
+# %% ../nbs/31_stats.ipynb #d0883389
+def set_varieties(
+    sets:list[dict], # As in `set_distances`
+    measure, # From vectors of real films, each once, and of synthetic films to a name for each number
+    fewest:int=20, # Films below which there is a reason instead of numbers
+    draws:int=100, # Parts of the patients
+)->pd.DataFrame: # A row for each set of a model and each number
+    "Fidelity and variety of what models drew, with intervals over patients"
+    rows = []
+    for o in [o for o in progress(sets, 'Fidelity and variety with intervals') if o['kind']!='floor']:
+        g, first = np.asarray(o['patients'], object), np.unique(np.asarray(o['films']), return_index=True)[1]
+        made_for = g if o['paired'] else np.array([f'made for {i}' for i in g], object)
+        named, why = measure(o['fx'][first], o['fy']), too_few(g, o['films'], fewest)
+        found = {} if why else cluster_subsampling(lambda x,y: list(measure(x, y).values()), o['fx'][first], o['fy'], g[first], made_for, draws=draws)
+        for i,(name,v) in enumerate(named.items()):
+            rows.append({k: o[k] for k in ('block', 'model', 'kind', 'epoch', 'checkpoint')} | {'metric': name, 'value': v} |
+                        {k: found[k][i] if found else np.nan for k in ('low', 'high', 'se')} | {'n': len(g), 'films': len(first), 'patients': len(set(g)), 'reason': why})
+    return pd.DataFrame(rows)
+
+# %% ../nbs/31_stats.ipynb #211cd2f3
 def run_statistics(
     final:pd.DataFrame, # Scores of each pair, as in `score_tests`, at the checkpoints of interest and of the floors
     compared:pd.DataFrame, # Those of one checkpoint of each model and of the floors that models are to be tested against
@@ -521,7 +542,9 @@ def run_statistics(
     summary:pd.DataFrame, # model, epoch and mmd2 of these
     sets:list[dict], # As in `set_distances`
     conventions:dict, # As `metrics.MMD_CONVENTIONS`
+    measure, # As in `set_varieties`
     device='cpu', # Where to compute
-)->dict[str,pd.DataFrame]: # intervals, tests, trends and mmd
+)->dict[str,pd.DataFrame]: # intervals, tests, trends, mmd and variety
     "How sure the scores of a run are"
-    return {'intervals': score_intervals(final), 'tests': score_tests(compared), 'trends': score_trends(curves, summary), 'mmd': set_distances(sets, conventions, device=device)}
+    return {'intervals': score_intervals(final), 'tests': score_tests(compared), 'trends': score_trends(curves, summary), 'mmd': set_distances(sets, conventions, device=device),
+            'variety': set_varieties(sets, measure)}

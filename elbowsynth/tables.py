@@ -292,7 +292,7 @@ def front_picture(
                  (('last', 'A test film and the same film with its mask filled by SDXL and by FLUX'), ('film', 'A film, the mask of one of its pathologies and its caption'))
                  if (Path(results)/'figures'/f'{n}.png').is_file()), '*This run has no picture.*')
 
-# %% ../nbs/36_tables.ipynb #d2032f2b
+# %% ../nbs/36_tables.ipynb #140b8583
 CAPTIONS = {'film': 'A test film, the mask of one of its pathologies and its caption (compare the paper\'s Figure 1)', 'normal': 'Two normal elbows (compare the paper\'s Figure 2)',
             'both': 'SDXL and FLUX side by side: scores by epoch and one test pair (compare the paper\'s Figure 3)', 'last': 'One test pair drawn by SDXL and by FLUX (compare the paper\'s Figure 9)',
             'table1': 'Best scores, and noise as a grey tick: this run in the left panels, its MMD² by the convention paper_A; the paper in the right ones'}
@@ -302,8 +302,8 @@ CAPTIONS |= {f'{m}-raw': f'{NAMES[m]}: the same before the original was put back
 KNOWN = ('scores', 'summary', 'best', 'choice')
 FURTHER = {'regions': 'Inside the mask, at its seam, and outside', 'floors': 'Floors: what scores without having learned', 'groups': 'By pathology, view and area',
            'intervals': 'Scores with intervals over patients', 'tests': 'Models compared film by film, corrected by Holm', 'mmd': 'MMD² with intervals by patient', 'trends': 'Trends along training',
-           'sets': 'Fidelity and variety of sets of films', 'enlarge': 'Ways to enlarge a small film'}
-ROWS = {'intervals': "metric=='ssim' and kind!='raw'", 'tests': "metric=='ssim'", 'mmd': "convention=='median'"}  # of long tables, what a page shows
+           'variety': 'Fidelity and variety with intervals by patient', 'sets': 'Distances, fidelity and variety of sets of films', 'enlarge': 'Ways to enlarge a small film'}
+ROWS = {'intervals': "metric=='ssim' and kind!='raw'", 'variety': "kind!='raw'", 'tests': "metric=='ssim'", 'mmd': "convention=='median'"}  # of long tables, what a page shows
 SIDE = {'teach': ('lessons.csv', {'lessons': 'Error, similarity inside the mask and expression of the lesion along fine-tuning: taught on injured films, and controls on their healthy twins',
                                   'sheet': 'What the small models drew into the same masks before and after fine-tuning'}),
         'ablation': ('answers.csv', {'answers': 'Expression of the lesion and error inside the mask for each answer to each question, a dot for each seed'})}

@@ -89,7 +89,7 @@ def plain_critic_loss(critic, real, fake, lam, eps, masks):
 def test_written_out_penalty_is_that_of_autograd(dtype, eps_loss, eps_grad):
     torch.manual_seed(0)
     critic, (real, fake) = wgan_gp.Critic(64, 1/4).to(dtype), torch.rand(2, 5, 1, 64, 64, dtype=dtype)*2-1
-    masks, eps = wgan_gp.rise(critic, wgan_gp.kernels(critic), torch.cat([real, fake, fake]))[2], torch.rand(5, 1, 1, 1, dtype=dtype)
+    masks, eps = wgan_gp.rise(critic, torch.cat([real, fake, fake]))[2], torch.rand(5, 1, 1, 1, dtype=dtype)
     ours = wgan_gp.critic_gradients(critic, real, fake, 10., eps=eps, masks=masks)
     ours_grad = [p.grad.clone() for p in critic.parameters()]
     critic.zero_grad()
@@ -103,7 +103,7 @@ def test_third_opinion_on_the_penalty():
     "torch.func.grad, film by film"
     torch.manual_seed(1)
     critic, x = wgan_gp.Critic(32, 1/8).double(), torch.rand(5, 1, 32, 32, dtype=torch.double)
-    masks = wgan_gp.rise(critic, wgan_gp.kernels(critic), torch.cat([x, x, x]))[2]
+    masks = wgan_gp.rise(critic, torch.cat([x, x, x]))[2]
     slopes = torch.stack([torch.func.grad(lambda f: wgan_net(critic, [m[10+i:11+i] for m in masks])(f[None]).sum())(x[i]) for i in range(5)])
     ours = wgan_gp.critic_gradients(critic, x, x, 10., eps=torch.ones(5, 1, 1, 1), masks=masks)
     close([ours['penalty'], ours['slope_max']], [((slopes.flatten(1).norm(dim=1)-1)**2).mean().detach(), slopes.flatten(1).norm(dim=1).max().detach()], 1e-12)
@@ -121,7 +121,7 @@ def plain_wgan_turn(gen, critic, opt_g, opt_c, real, rng):
     "The same random numbers, everything by autograd, nothing frozen"
     n, sides = len(real), [real.shape[-1]>>i for i in range(1, 6)]
     noise = lambda: torch.randn(n, 256, dtype=real.dtype, generator=rng)
-    masks = lambda k: [wgan_gp.dropout_mask(torch.empty((k, row[0].out_channels, s, s), dtype=real.dtype, memory_format=torch.channels_last), .25, rng) for row,s in zip(list(critic)[:-1], sides)]
+    masks = lambda k: [wgan_gp.dropout_mask((k, row[0].out_channels, s, s), .25, 'cpu', real.dtype, rng) for row,s in zip(list(critic)[:-1], sides)]
     for _ in range(5):
         fake, eps = gen(noise()).detach(), torch.rand(n, 1, 1, 1, generator=rng)
         update(opt_c, plain_critic_loss(critic, real, fake, 10., eps, masks(3*n))[0])

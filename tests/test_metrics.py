@@ -2,6 +2,7 @@
 import json, os, shutil, subprocess, sys, textwrap
 import cv2, numpy as np, pandas as pd, piq, pytest, torch
 import torchmetrics.functional.image as tm
+from conftest import sh
 from skimage.metrics import structural_similarity
 from sklearn.metrics.pairwise import pairwise_distances, polynomial_kernel, rbf_kernel
 from elbowsynth import metrics
@@ -217,6 +218,17 @@ def test_an_autoencoder_of_diffusers_goes_there_and_back(tmp_path):
     back = round_trip(films, vae, white)
     assert (back==round_trip(films, vae, white)).all() and (back[white<=127]==films[white<=127]).all() and (back!=films).any()
 
+def test_the_autoencoder_of_a_base_that_was_fetched_is_found_by_name(tmp_path):
+    from diffusers import AutoencoderKL
+    kept = tmp_path/'hub'/'models--some--base'                       # as the hub's library keeps what it fetched
+    AutoencoderKL(block_out_channels=(4, 4), down_block_types=['DownEncoderBlock2D']*2, up_block_types=['UpDecoderBlock2D']*2, norm_num_groups=2).save_pretrained(kept/'snapshots'/('0'*40)/'vae')
+    (kept/'refs').mkdir()
+    (kept/'refs'/'main').write_text('0'*40)
+    ask = "from elbowsynth.floors import load_autoencoders; print(load_autoencoders(['toy=some/{}'], 'cpu'))"
+    assert 'AutoencoderKL' in sh(sys.executable, '-c', ask.format('base'), HF_HUB_CACHE=str(tmp_path/'hub')).stdout
+    refused = sh(sys.executable, '-c', ask.format('other'), check=False, HF_HUB_CACHE=str(tmp_path/'hub')).stderr
+    assert "autoencoder 'toy=some/other'" in refused and 'Write NAME=BASE' in refused
+
 def run_folder(folder, n=20, size=176):
     "A run with one GAN and one inpainting model"
     rng = np.random.default_rng(0)
@@ -246,7 +258,7 @@ def run(tmp_path_factory):
 
 def test_every_number_says_how_it_came_about(run):
     tables = {p.stem: pd.read_csv(p) for p in (run/'metrics').glob('*.csv')}
-    assert set(tables)=={'scores', 'summary', 'best', 'choice', 'floors', 'regions', 'sets', 'groups', 'enlarge', 'intervals', 'tests', 'trends', 'mmd'}
+    assert set(tables)=={'scores', 'summary', 'best', 'choice', 'floors', 'regions', 'sets', 'groups', 'enlarge', 'intervals', 'tests', 'trends', 'mmd', 'variety'}
     tables |= {p.name: pd.read_csv(p) for p in (run/'metrics'/'epochs').glob('*.csv')}
     for name,t in tables.items():
         assert len(t) and t[['convention', 'estimator', 'extractor', 'resize']].notna().all().all(), name
@@ -318,6 +330,10 @@ def test_statistics_of_a_run(run):
     assert t.loc[('noise', 'median'), 'p']<.05 and t.test['flux', 'median']=='swap' and t.test['gan', 'median']=='permutation'
     assert set(mmd.convention)==set(MMD_CONVENTIONS) and (mmd.low<mmd.estimate).all() and t.loc[('noise', 'median'), 'equivalent']==False
     assert pd.read_csv(run/'metrics'/'trends.csv').reason.str.contains('of the 3 trained checkpoints').all()
+    variety, whole = (pd.read_csv(run/'metrics'/f'{n}.csv') for n in ('variety', 'sets'))
+    both = variety.merge(whole, on=['model', 'kind', 'epoch', 'metric'], suffixes=('', '_of_sets'))
+    assert len(both)==len(variety)==5*3 and np.allclose(both.value, both.value_of_sets, rtol=1e-4)      # of the GAN, of flux and of its raw films
+    assert (variety.low<=variety.value).all() and (variety.value<=variety.high).all() and (variety.se[variety.metric=='vendi']>0).all()
 
 def test_noise_is_of_the_pairs_that_a_model_covers(run, tmp_path):
     shutil.copytree(run, tmp_path/'run')

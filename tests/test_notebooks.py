@@ -116,9 +116,9 @@ IMPORTS = {'core': '', 'data': 'core', 'anatomy': 'data', 'phantom': 'core data 
            'tac_gan': 'core data training gan ac_gan', 'search': 'core data training gan ac_gan tac_gan metrics',
            'sizes': '', 'adafactor': '', 'latents': 'core data training', 'inpaint': 'core data masks training sizes adafactor latents', 'sdxl': 'inpaint',
            'flux': 'data inpaint', 'bases': 'core data phantom preprocess training latents inpaint sdxl flux',
-           'extractors': 'core', 'floors': '', 'metrics': 'core data extractors floors', 'stats': '', 'conventions': '', 'sensitivity': '',
+           'extractors': 'core', 'floors': '', 'metrics': 'core data extractors floors', 'stats': 'core', 'conventions': '', 'sensitivity': '',
            'figures': 'core data', 'tables': 'core data ac_gan tac_gan wgan_gp figures inpaint', 'claims': 'figures tables',
-           'teach': 'core data flux latents metrics phantom preprocess sdxl stats training', 'ablation': 'core sdxl stats teach',
+           'teach': 'core data extractors figures flux latents metrics phantom preprocess sdxl stats training', 'ablation': 'core figures sdxl stats teach',
            'run': 'core', 'site': 'core claims tables'}
 
 def test_imports_go_one_way():
