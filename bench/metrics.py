@@ -9,8 +9,8 @@ import torchmetrics.functional.image as tm
 from results import keep
 from elbowsynth.data import write_png
 from elbowsynth.extractors import load_extractor
-from elbowsynth.metrics import MMD_CONVENTIONS, ms_ssim, score_run, ssim
-from elbowsynth.stats import convention_kernel, mmd_jackknife, run_statistics
+from elbowsynth.metrics import MMD_CONVENTIONS, ms_ssim, score_run, ssim, variety
+from elbowsynth.stats import convention_kernel, mmd_jackknife, run_statistics, set_distances, set_varieties
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 torch.set_num_threads(CORES)
@@ -61,6 +61,17 @@ def large_sets(n, d):
     return [{'what': f'MMD² (median) with its interval of {n} x {d} against as many', 'ms': 1e3*seconds, 'ms of processor': 1e3*cpu,
              'peak MiB of the process': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, 'MiB before': before/1024}]
 
+def statistics_of_a_set(n, d):
+    "Intervals and tests of one checkpoint's features, which a projection by pairs would miss: they grow with the square of the pairs"
+    rng, g = np.random.default_rng(0), np.arange(n)//2
+    real, fake, noise = (np.maximum(rng.normal(m, .5, (n, d)), 0).astype(np.float32) for m in (.5, .51, .7))
+    one = {'block': 'inpainting', 'model': 'flux', 'kind': 'samples', 'epoch': 0, 'checkpoint': 'last', 'paired': True, 'fx': real, 'fy': fake, 'noise': noise, 'patients': g, 'films': np.arange(n)}
+    rows = []
+    for what,f in (('MMD² by five conventions with intervals and tests', lambda: set_distances([one], MMD_CONVENTIONS)), ('fidelity and variety with intervals', lambda: set_varieties([one], variety))):
+        _, seconds, cpu = timed(f)
+        rows.append({'what': f'{what}, one set of {n} x {d}', 'ms': 1e3*seconds, 'ms of processor': 1e3*cpu, 'minutes': seconds/60})
+    return rows
+
 def checkpoint(few, many, size, extractor, pairs=898):
     "Seconds of a checkpoint of `pairs` pairs, from two runs of fewer"
     with tempfile.TemporaryDirectory() as tmp:
@@ -103,6 +114,7 @@ if __name__=='__main__':
     rows = similarity(2, 256, 1, device) if o.quick else similarity(8, 1024, 5, device)
     with tempfile.TemporaryDirectory() as folder:
         for e in ['efficientnet_lite0', random_resnet(folder)]: rows += checkpoint(*((2, 4, 176) if o.quick else (16, 64, 1024)), e)
+    rows += statistics_of_a_set(*((40, 64) if o.quick else (898, 2048)))
     rows += large_sets(*((500, 64) if o.quick else (20_000, 2048)))
     if o.quick and not o.out: print(*rows, sep='\n')
     else: keep('metrics', 'Metrics', f'Films by the clock with {CORES} threads, medians of turns; ResNet-50 with weights drawn by chance, which are as slow as trained ones. `python bench/metrics.py`.', rows, out=o.out)
