@@ -33,7 +33,7 @@ def one(what, n):
 
 def measured(what, n):
     done = subprocess.run([sys.executable, __file__, what, str(n)], capture_output=True, text=True, check=True).stdout.split()
-    return {'what': what, 'films in each set': n, 'seconds': float(done[0]), 'peak GB': float(done[1])}
+    return {'what': what, 'films in each set': n, 'seconds': float(done[0]), 'peak GiB': float(done[1])}
 
 if __name__=='__main__':
     if len(sys.argv)==3: one(sys.argv[1], int(sys.argv[2]))
