@@ -39,7 +39,7 @@ bench: install ## Time what claims to be fast, beside what it is to be faster th
 	@for b in $(BENCH); do $(IN)python bench/$$b.py || exit; done
 
 lab: install ## Open the notebooks in JupyterLab, with the parameters of PROFILE
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 $(IN)jupyter lab nbs --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONWARNINGS="ignore:IProgress not found" $(IN)jupyter lab nbs --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 
 site: install ## Render the site into _docs, with the committed run or RUN=_runs/NAME
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site $(if $(RUN),--run "$(RUN)")

@@ -8,7 +8,7 @@ __all__ = ['STYLE', 'METRICS', 'DASHES', 'NAMES', 'PAPER', 'save_figure', 'film_
            'sample_grid', 'table1', 'both_panels', 'both_figure', 'last_figure', 'paper_noise', 'score_panel',
            'table1_figure', 'choice_table', 'training_seed', 'seed_table', 'ranking', 'ranking_sentences',
            'stage_values', 'films_sentence', 'changed_values', 'run_sentences', 'model_sentences', 'noise_of',
-           'model_figures', 'interval_table', 'honest_sentences', 'open_run', 'normal_pairs', 'rejects_of']
+           'model_figures', 'bracketed', 'interval_table', 'honest_sentences', 'open_run', 'normal_pairs', 'rejects_of']
 
 # %% ../nbs/35_figures.ipynb #91d0db8c
 import glob, json, textwrap
@@ -515,13 +515,23 @@ def model_figures(
         if samples_of(run, model, pair.pair, kind): figures[kind] = sample_row(*row_films(run, model, pair, images, masks, kind, normal=normal))
     return figures
 
-# %% ../nbs/35_figures.ipynb #04293456
+# %% ../nbs/35_figures.ipynb #f9a50b40
+def bracketed(
+    value:float, # A score
+    low:float, # Its interval
+    high:float,
+    form:str='.3f', # How numbers are written
+)->str: # Empty if there is no score
+    "A score and its interval, or the score alone"
+    if pd.isna(value): return ''
+    return f'{value:{form}}' if pd.isna(low) else f'{value:{form}} [{low:{form}}, {high:{form}}]'
+
 def interval_table(
     intervals:pd.DataFrame, # As in `intervals.csv`
 )->pd.DataFrame: # Ready to be read: a row for each model, and floor, a column for each metric
     "Means over whole films with 95 % intervals over patients"
     t = intervals[(intervals.region=='whole film')&(intervals.kind!='raw')&intervals.metric.isin(('ssim', 'ms_ssim'))]
-    words = [f'{o.mean:.3f} [{o.low:.3f}, {min(o.high, 1):.3f}]' if pd.notna(o.low) else f'{o.mean:.3f}, no interval: {o.reason}' for o in t[['mean', 'low', 'high', 'reason']].itertuples()]
+    words = [bracketed(*o) for o in zip(t['mean'], t.low, t.high.clip(upper=1))]
     t = t.assign(words=words, Model=[NAMES.get(m, m.replace('_', ' ')) for m in t.model], Metric=t.metric.map(METRICS), Draws=t.block, Checkpoint=[k if k=='floor' else f'{e}, {k}' for e,k in zip(t.epoch, t.checkpoint)])
     wide = t.pivot_table(index=['Draws', 'Model', 'Checkpoint', 'n', 'patients'], columns='Metric', values='words', aggfunc='first', sort=False)
     return wide.reset_index().rename_axis(columns=None).rename(columns={'n': 'Pairs', 'patients': 'Patients'})

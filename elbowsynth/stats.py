@@ -515,7 +515,7 @@ def set_distances(
     columns = ['block', 'model', 'kind', 'epoch', 'checkpoint', 'convention', 'estimate', 'low', 'high', 'se', 'test', 'p', 'margin', 'equivalent', 'n', 'patients', 'reason']
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../nbs/31_stats.ipynb #d0883389
+# %% ../nbs/31_stats.ipynb #186b9afc
 def set_varieties(
     sets:list[dict], # As in `set_distances`
     measure, # From vectors of real films, each once, and of synthetic films to a name for each number
@@ -530,8 +530,9 @@ def set_varieties(
         named, why = measure(o['fx'][first], o['fy']), too_few(g, o['films'], fewest)
         found = {} if why else cluster_subsampling(lambda x,y: list(measure(x, y).values()), o['fx'][first], o['fy'], g[first], made_for, draws=draws)
         for i,(name,v) in enumerate(named.items()):
-            rows.append({k: o[k] for k in ('block', 'model', 'kind', 'epoch', 'checkpoint')} | {'metric': name, 'value': v} |
-                        {k: found[k][i] if found else np.nan for k in ('low', 'high', 'se')} | {'n': len(g), 'films': len(first), 'patients': len(set(g)), 'reason': why})
+            spread = {} if why or not found['se'][i] else {k: found[k][i] for k in ('low', 'high', 'se')}
+            rows.append({k: o[k] for k in ('block', 'model', 'kind', 'epoch', 'checkpoint')} | {'metric': name, 'value': v} | dict.fromkeys(('low', 'high', 'se'), np.nan) | spread |
+                        {'n': len(g), 'films': len(first), 'patients': len(set(g)), 'reason': why if why or spread else 'the same in every part of the patients'})
     return pd.DataFrame(rows)
 
 # %% ../nbs/31_stats.ipynb #211cd2f3

@@ -7,9 +7,9 @@ __all__ = ['FACTS', 'CURVES', 'PROFILES', 'PRINTED', 'GAN_SETTINGS', 'TABLE7', '
            'as_markdown', 'row_words', 'network_rows', 'networks', 'architecture', 'plain', 'gan_settings', 'table7',
            'facts_of', 'collect', 'read_results', 'score', 'bases_sentence', 'run_values', 'table2', 'table3',
            'cost_table', 'figure_text', 'front_table', 'base_cards', 'front_picture', 'run_tables', 'last_rows',
-           'groups_table', 'sets_table', 'further', 'side_study']
+           'groups_table', 'sets_table', 'variety_table', 'with_brackets', 'further', 'side_study']
 
-# %% ../nbs/36_tables.ipynb #34ad0d72
+# %% ../nbs/36_tables.ipynb #1d297e72
 import inspect, json, shutil
 from pathlib import Path
 import pandas as pd, torch
@@ -17,7 +17,7 @@ from torch import nn
 from . import ac_gan, tac_gan, wgan_gp
 from .core import need, rounded, root, save_json, stages
 from .data import PATHOLOGIES, read_pairs
-from .figures import METRICS, NAMES, PAPER, changed_values, choice_table, films_sentence, table1
+from .figures import METRICS, NAMES, PAPER, bracketed, changed_values, choice_table, films_sentence, interval_table, table1
 from .inpaint import Adafactor
 
 # %% ../nbs/36_tables.ipynb #13a2cadf
@@ -292,7 +292,7 @@ def front_picture(
                  (('last', 'A test film and the same film with its mask filled by SDXL and by FLUX'), ('film', 'A film, the mask of one of its pathologies and its caption'))
                  if (Path(results)/'figures'/f'{n}.png').is_file()), '*This run has no picture.*')
 
-# %% ../nbs/36_tables.ipynb #140b8583
+# %% ../nbs/36_tables.ipynb #f088a5cf
 CAPTIONS = {'film': 'A test film, the mask of one of its pathologies and its caption (compare the paper\'s Figure 1)', 'normal': 'Two normal elbows (compare the paper\'s Figure 2)',
             'both': 'SDXL and FLUX side by side: scores by epoch and one test pair (compare the paper\'s Figure 3)', 'last': 'One test pair drawn by SDXL and by FLUX (compare the paper\'s Figure 9)',
             'table1': 'Best scores, and noise as a grey tick: this run in the left panels, its MMD² by the convention paper_A; the paper in the right ones'}
@@ -303,7 +303,7 @@ KNOWN = ('scores', 'summary', 'best', 'choice')
 FURTHER = {'regions': 'Inside the mask, at its seam, and outside', 'floors': 'Floors: what scores without having learned', 'groups': 'By pathology, view and area',
            'intervals': 'Scores with intervals over patients', 'tests': 'Models compared film by film, corrected by Holm', 'mmd': 'MMD² with intervals by patient', 'trends': 'Trends along training',
            'variety': 'Fidelity and variety with intervals by patient', 'sets': 'Distances, fidelity and variety of sets of films', 'enlarge': 'Ways to enlarge a small film'}
-ROWS = {'intervals': "metric=='ssim' and kind!='raw'", 'variety': "kind!='raw'", 'tests': "metric=='ssim'", 'mmd': "convention=='median'"}  # of long tables, what a page shows
+ROWS = {'variety': "kind!='raw'", 'tests': "metric=='ssim'", 'mmd': "convention=='median'"}  # of long tables, what a page shows
 SIDE = {'teach': ('lessons.csv', {'lessons': 'Error, similarity inside the mask and expression of the lesion along fine-tuning: taught on injured films, and controls on their healthy twins',
                                   'sheet': 'What the small models drew into the same masks before and after fine-tuning'}),
         'ablation': ('answers.csv', {'answers': 'Expression of the lesion and error inside the mask for each answer to each question, a dot for each seed'})}
@@ -333,13 +333,13 @@ def last_rows(
     t = table[table.epoch<=table.model.map(normal).fillna(table.epoch)]
     return t[t.groupby(['model', 'kind']).epoch.transform('max')==t.epoch]
 
-# %% ../nbs/36_tables.ipynb #c19e9c70
+# %% ../nbs/36_tables.ipynb #d123d9fe
 def groups_table(
     table:pd.DataFrame, # As in `groups.csv`, a checkpoint of each model
 )->pd.DataFrame: # A row for each group, a column for each model
     "SSIM by pathology, view and area: mean, interval over patients cut at 1, and pairs"
     t = table[(table.metric=='ssim')&(table.kind=='samples')]
-    words = [f'{o.mean:.3f}'+('' if pd.isna(o.low) else f' [{o.low:.3f}, {min(o.high, 1):.3f}]')+f', {o.n}' for o in t[['mean', 'low', 'high', 'n']].itertuples()]
+    words = [f'{bracketed(*o)}, {n}' for *o,n in zip(t['mean'], t.low, t.high.clip(upper=1), t.n)]
     wide = t.assign(words=words, model=t.model.map(lambda m: NAMES.get(m, m))).pivot_table(index=['by', 'group'], columns='model', values='words', aggfunc='first', sort=False)
     return wide.reset_index().rename_axis(columns=None)
 
@@ -352,7 +352,23 @@ def sets_table(
     wide = t.assign(model=t.model.map(lambda m: NAMES.get(m, m))).pivot_table(index=['metric', 'convention'], columns='model', values='value', aggfunc='first', sort=False)
     return wide.reset_index().rename_axis(columns=None)
 
-# %% ../nbs/36_tables.ipynb #6442cf0b
+# %% ../nbs/36_tables.ipynb #47e520b9
+def variety_table(
+    table:pd.DataFrame, # As in `variety.csv`
+)->pd.DataFrame: # A row for each model and checkpoint, a column for each measure
+    "Fidelity and variety with intervals, cut where a share ends"
+    t = table.assign(model=table.model.map(lambda m: NAMES.get(m, m)), words=[bracketed(v, max(l, 0), min(h, 1) if m in ('precision', 'recall', 'coverage') else h, '.2f') for v,l,h,m in zip(table.value, table.low, table.high, table.metric)])
+    return t.pivot_table(index=['model', 'epoch', 'checkpoint', 'n', 'films'], columns='metric', values='words', aggfunc='first', sort=False).reset_index().rename_axis(columns=None)
+
+def with_brackets(
+    t:pd.DataFrame, # Any table
+)->pd.DataFrame: # The same, shorter if there are intervals of a difference, an estimate or a slope
+    "Estimates and their intervals in one column"
+    value = next((c for c in ('difference', 'estimate', 'slope') if c in t), None)
+    if not value or 'low' not in t: return t
+    return t.assign(**{value: [bracketed(*o, '.3g') for o in zip(t[value], t.low, t.high)]}).drop(columns=['low', 'high', 'se', 'reason'], errors='ignore')
+
+# %% ../nbs/36_tables.ipynb #58da5d4d
 def further(
     name:str, # Of a table of scores
     table:pd.DataFrame, # Its rows
@@ -363,14 +379,16 @@ def further(
     by_epoch = {'model', 'kind', 'epoch'}<=set(table) and 'checkpoint' not in table   # which one is told in the rows
     t = last_rows(table, normal) if by_epoch else table.query(ROWS[name]) if name in ROWS else table
     same = {c: t[c].iloc[0] for c in ('convention', 'estimator', 'extractor', 'resize') if c in t and t[c].nunique(dropna=False)==1 and pd.notna(t[c].iloc[0])}
-    wide = {'groups': groups_table, 'sets': sets_table}.get(name)
-    t = wide(t) if wide else t.drop(columns=list(same)).dropna(axis=1, how='all')
+    wide = {'groups': groups_table, 'sets': sets_table, 'intervals': interval_table, 'variety': variety_table}.get(name)
+    reasons = [r for r in t.reason.dropna().unique() if r] if 'reason' in t else []
+    t = wide(t) if wide else with_brackets(t.drop(columns=list(same)).dropna(axis=1, how='all'))
     t = t.map(lambda v: rounded(v, 4) if isinstance(v, float) and not pd.isna(v) else v)
     words = f'### {FURTHER.get(name, name)}\n\n'+'The last checkpoint of each model at its normal rate. '*by_epoch+'SSIM: mean, 95 % interval over patients, pairs. '*(name=='groups')
     words += f'The first {most} of {len(t)} rows. '*(len(t)>most)+f'All rows: [`{name}.csv`](results/metrics/{name}.csv). '
+    words += f'Where there is no interval: {"; ".join(reasons)}. ' if reasons else ''
     return words+'; '.join(f'{k}: {v}' for k,v in same.items())+'\n\n'+as_markdown(t.head(most))
 
-# %% ../nbs/36_tables.ipynb #829bd1d2
+# %% ../nbs/36_tables.ipynb #2cb2587d
 def side_study(
     results:Path, # What a site shows
     name:str, # Folder of the study
@@ -380,6 +398,6 @@ def side_study(
     "The table and the pictures of a study that stands beside the runs"
     at = Path(results)/name
     if not (at/table).is_file(): return '*Not run.*'
-    t = pd.read_csv(at/table).rename(columns=lambda c: c.replace('_', ' ')).map(lambda v: rounded(v, 3) if isinstance(v, float) and not pd.isna(v) else v)
+    t = with_brackets(pd.read_csv(at/table)).rename(columns=lambda c: c.replace('_', ' ')).map(lambda v: rounded(v, 3) if isinstance(v, float) and not pd.isna(v) else v)
     drawn = [f'![{alt}](results/{name}/{k}.png){{#fig-{name}-{k} fig-alt="{alt}"}}' for k,alt in pictures.items() if (at/f'{k}.png').is_file()]
     return '\n\n'.join([as_markdown(t), *drawn])
