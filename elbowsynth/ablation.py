@@ -13,7 +13,7 @@ from .figures import STYLE
 from .stats import cluster_bootstrap
 from .teach import MEASURES, TRAIN, arms, curves_of, judged_films, twins
 
-# %% ../nbs/39_ablation.ipynb #c4b44ca1
+# %% ../nbs/39_ablation.ipynb #332e327b
 REFERENCE = dict(lr=5e-4, text_lr=1e-3, batch=4, optimizer='adafactor', dtype='float32', stochastic_rounding=False, unmasked_weight=.4, lora_rank=0)
 TRIED = {'learning rate': {'1e-3': {'lr': 1e-3}, '5e-4': {}, '1e-4': {'lr': 1e-4}, '1e-5': {'lr': 1e-5}},
          'batch': {'4': {}, '16': {'batch': 16}},
@@ -23,6 +23,7 @@ TRIED = {'learning rate': {'1e-3': {'lr': 1e-3}, '5e-4': {}, '1e-4': {'lr': 1e-4
          'what learns': {'all weights': {}, 'LoRA': {'lora_rank': 8}},
          'text encoders': {'trained': {}, 'frozen': {'text_encoder': 'frozen', 'text_encoder_2': 'frozen', 'text_lr': 3e-6}}}
 
+# %% ../nbs/39_ablation.ipynb #9661def7
 def trial_name(
     question:str, answer:str, # As in `TRIED`
     change:dict, # What the answer changes
@@ -30,6 +31,7 @@ def trial_name(
     "The name of the training that answers a question"
     return f'{question}-{answer}'.replace(' ', '_').replace(',', '') if change else 'reference'
 
+# %% ../nbs/39_ablation.ipynb #bc400490
 def trials(
     tried:dict=TRIED, # Question to the answers tried, each with what it changes
 )->dict: # Name of a training to its settings; the reference once

@@ -395,7 +395,7 @@ def vendi(
     v = v[v>1e-12]
     return float(np.exp(-(v*np.log(v)).sum()))
 
-# %% ../nbs/30_metrics.ipynb #4f324f82
+# %% ../nbs/30_metrics.ipynb #459fa1ab
 def variety(
     fx:np.ndarray, # Features of the real films, each film once
     fy:np.ndarray, # Features of the synthetic films
@@ -404,6 +404,7 @@ def variety(
     near = prdc(fx, fy) if min(len(fx), len(fy))>5 else dict.fromkeys(('precision', 'recall', 'density', 'coverage'), np.nan)
     return near | {'vendi': vendi(fy)}
 
+# %% ../nbs/30_metrics.ipynb #3ecd1a1d
 def set_numbers(
     fx:np.ndarray, # Features of the real films, one for each pair
     fy:np.ndarray, # Features of the synthetic films

@@ -352,7 +352,7 @@ def sets_table(
     wide = t.assign(model=t.model.map(lambda m: NAMES.get(m, m))).pivot_table(index=['metric', 'convention'], columns='model', values='value', aggfunc='first', sort=False)
     return wide.reset_index().rename_axis(columns=None)
 
-# %% ../nbs/36_tables.ipynb #47e520b9
+# %% ../nbs/36_tables.ipynb #ee8f47db
 def variety_table(
     table:pd.DataFrame, # As in `variety.csv`
 )->pd.DataFrame: # A row for each model and checkpoint, a column for each measure
@@ -360,6 +360,7 @@ def variety_table(
     t = table.assign(model=table.model.map(lambda m: NAMES.get(m, m)), words=[bracketed(v, max(l, 0), min(h, 1) if m in ('precision', 'recall', 'coverage') else h, '.2f') for v,l,h,m in zip(table.value, table.low, table.high, table.metric)])
     return t.pivot_table(index=['model', 'epoch', 'checkpoint', 'n', 'films'], columns='metric', values='words', aggfunc='first', sort=False).reset_index().rename_axis(columns=None)
 
+# %% ../nbs/36_tables.ipynb #402f5ed0
 def with_brackets(
     t:pd.DataFrame, # Any table
 )->pd.DataFrame: # The same, shorter if there are intervals of a difference, an estimate or a slope

@@ -105,11 +105,12 @@ def curves_of(
         parts.append(read_log(p).assign(base=base, arm=arm, seed=int(seed)))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/38_teach.ipynb #ec65e62c
+# %% ../nbs/38_teach.ipynb #8289cbba
 MEASURES = {'ssim': 'piq_full, mean over the windows whose centre lies in the mask', 'l1': 'mean absolute difference from the injured film in the mask, grey levels',
             'expression': 'least-squares weight, in the mask, of what sets the injured film apart from its twin: 1 for the lesion as it is, 0 for none', 'inside': 'mean squared error of the prediction in the mask, latents, the same noise at each checkpoint',
             'resize': 'none: films are drawn and scored at the size that they are made with'}
 
+# %% ../nbs/38_teach.ipynb #a78fbcc6
 def teach(
     out:Path, # Its folder
     bases:list, # Keys of `TRAIN`
