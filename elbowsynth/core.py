@@ -82,7 +82,7 @@ def clock(
     m,s = divmod(int(round(seconds)), 60)
     return f'{m}:{s:02d}' if m<60 else f'{m//60}:{m%60:02d}:{s:02d}'
 
-# %% ../nbs/00_core.ipynb #351d4415
+# %% ../nbs/00_core.ipynb #5cad275c
 class TooLong(RuntimeError): "A loop that would take longer than it was allowed to"
 
 def progress(
@@ -96,8 +96,8 @@ def progress(
     total = len(items) if total is None else total
     screen, every = sys.stderr.isatty() or 'JPY_SESSION_NAME' in os.environ, every or float(os.environ.get('ELBOWSYNTH_EVERY', 15))
     start = said = first = time.monotonic()
-    page = screen and not sys.stderr.isatty()                           # JupyterLab paints what comes by stderr red
-    with tqdm(total=total, desc=what, disable=not screen, leave=False, file=sys.stdout if page else sys.stderr) as bar:
+    page = screen and not sys.stderr.isatty()                           # in JupyterLab, which paints what comes by stderr red and cannot show one bar below another
+    with tqdm(total=total, desc=what, disable=not screen or page and bool(tqdm._instances), leave=False, file=sys.stdout if page else sys.stderr) as bar:
         for i,item in enumerate(items, 1):
             yield item
             bar.update()
