@@ -138,10 +138,10 @@ def test_search_and_dark_mode_work(site, browser):
     page = browser.new_page(viewport=LOOKS['desktop'])
     page.goto(f'http://127.0.0.1:{server.server_port}/nbs/index.html')
     page.locator('#quarto-search input').fill('twin')
-    page.wait_for_selector('.smalldocs-search-results a', timeout=5000)
+    page.wait_for_selector('.smalldocs-search-results a', timeout=30_000)
     assert page.locator('.smalldocs-search-results a').count()>0
     page.locator('.quarto-color-scheme-toggle').first.click()
-    assert 'quarto-dark' in page.evaluate('document.documentElement.className')
+    page.wait_for_function("() => document.documentElement.className.includes('quarto-dark')", timeout=30_000)
     server.shutdown()
 
 def test_the_browser_check_sees_faults(tmp_path, browser):
