@@ -30,7 +30,7 @@ inpaint: install ## Draw with the untrained base models into the masks of DATA=F
 	@$(STUDY) --set 'split= epochs=0 boost_epochs=0 sdxl.out=sdxl_untrained flux.out=flux_untrained' --target sdxl --target flux
 
 import: install ## Turn DATA=FOLDER of FROM=dicom|mura|fracatlas|yolo|folder|png16 into TO=FOLDER, films with labels.csv
-	@$(IN)python -m elbowsynth.importers $(FROM) "$(DATA)" "$(TO)" $(WITH)
+	@$(IN)python -m elbowsynth.data.importers $(FROM) "$(DATA)" "$(TO)" $(WITH)
 
 test: install ## Run the tests; ALL=1 runs those that take minutes, too
 	@ELBOWSYNTH_ALL="$(ALL)" $(IN)python -m pytest tests

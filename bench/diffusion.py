@@ -8,9 +8,9 @@ import argparse, statistics, tempfile, time
 from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from elbowsynth.adafactor import Adafactor
-from elbowsynth.inpaint import masked_mse
-from elbowsynth.sizes import REAL, bare_net, weights_in
+from elbowsynth.diffusion.adafactor import Adafactor
+from elbowsynth.diffusion.objective import masked_mse
+from elbowsynth.diffusion.model_sizes import count_params, meta_model, MODEL_CONFIGS
 from results import keep
 
 CUDA = torch.cuda.is_available()
@@ -77,11 +77,11 @@ def step_seconds(log):
 
 def cached_rows(quick, repeats):
     "A training step of the small models with latents kept and computed anew"
-    from elbowsynth import flux, sdxl
-    from elbowsynth.inpaint import toy_pairs
+    from elbowsynth.diffusion import flux, sdxl
+    from elbowsynth.diffusion.latents import toy_data
     from elbowsynth.training import read_log
     rows, size = [], 64 if quick else 128
-    pairs = toy_pairs(8, size)
+    pairs = toy_data(8, size)
     few = type(pairs)(*(o[:1] for o in pairs))
     for tune,base in ((sdxl.train_sdxl, 'tiny-sdxl'), (flux.train_flux, 'tiny-flux')):
         with tempfile.TemporaryDirectory() as folder:
@@ -106,10 +106,10 @@ QUICK = {'unet': dict(block_out_channels=(32, 64, 64), transformer_layers_per_bl
 def filled(model, dtype, quick):
     "The nets of a model with random weights, on the GPU if there is one; the autoencoder is not part of a step with kept latents"
     nets = {}
-    for name,(kind,settings) in REAL[model].items():
+    for name,(kind,settings) in MODEL_CONFIGS[model].items():
         if name=='vae': continue
         small = QUICK[name][model] if name=='text_encoder_2' else QUICK[name]
-        net = bare_net(kind, settings | small if quick else settings).to(dtype).to_empty(device='cuda' if CUDA else 'cpu')
+        net = meta_model(kind, settings | small if quick else settings).to(dtype).to_empty(device='cuda' if CUDA else 'cpu')
         with torch.no_grad():
             for n,p in net.named_parameters(): p.fill_(1) if n.endswith('norm.weight') else p.normal_(std=.02)
             for b in net.buffers(): b.copy_(torch.arange(b.numel()).view(b.shape)) if not b.is_floating_point() else b.zero_()
@@ -158,7 +158,7 @@ def full_rows(quick, repeats):
             with FlopCounterMode(display=False) as flops: step()
             if CUDA: torch.cuda.reset_peak_memory_stats()
             took, peak = taking_turns({'step': step}, repeats)['step'], known(PEAK)
-            row |= {'weights, millions': sum(map(weights_in, nets.values()))/1e6, 'seconds a step': took, 'Tflop a step': flops.get_total_flops()/1e12,
+            row |= {'weights, millions': sum(map(count_params, nets.values()))/1e6, 'seconds a step': took, 'Tflop a step': flops.get_total_flops()/1e12,
                     'share of the peak': flops.get_total_flops()/took/peak[str(dtype).split('.')[1]] if peak else 'unmeasured', 'peak memory, GiB': torch.cuda.max_memory_allocated()/2**30 if CUDA else 'unmeasured'}
             del nets, step
             if CUDA: torch.cuda.empty_cache()

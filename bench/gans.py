@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from elbowsynth import ac_gan, tac_gan, wgan_gp
-from elbowsynth.data import TABLE3
-from elbowsynth.gan import BLOCKS, UpConv, adam, block_cross_entropy, compiled, label_vectors, update, whole
-from elbowsynth.training import Guard, prepare, to_signed
+from elbowsynth.gans import ac_gan, tac_gan, wgan_gp
+from elbowsynth.paper import TABLE3
+from elbowsynth.gans.gan import (
+    adam, cuda_graphed, label_cross_entropy, LABEL_FIELDS, maybe_compile, one_hot_labels,
+    optimizer_step, UpConv)
+from elbowsynth.training import configure_device, NanGuard, to_tensor
 from results import digits, keep
 
-SIZES = [len(words) for words in BLOCKS.values()]
+SIZES = [len(words) for words in LABEL_FIELDS.values()]
 PAPER = {'hours': 996, 'hours if 32 are those of the largest WGAN-GP': 320}
 
 def plain_wgan_gp(size, width, batch, device):
@@ -24,51 +26,51 @@ def plain_wgan_gp(size, width, batch, device):
     films = torch.rand(20, 1, size, size, device=device)*2-1
     def turn(at):
         real = films[at]
-        for _ in range(5): update(opt_c, wgan_gp.critic_loss(critic, real, gen(torch.randn(batch, 256, device=device)).detach(), 10.)[0])
-        update(opt_g, wgan_gp.generator_loss(critic, gen(torch.randn(batch, 256, device=device))))
+        for _ in range(5): optimizer_step(opt_c, wgan_gp.critic_loss(critic, real, gen(torch.randn(batch, 256, device=device)).detach(), 10.)[0])
+        optimizer_step(opt_g, wgan_gp.generator_loss(critic, gen(torch.randn(batch, 256, device=device))))
     return turn
 
 def our_wgan_gp(size, width, batch, device, fuse=False):
-    gen, critic, rng, guard = wgan_gp.Generator(size, width).to(device), wgan_gp.Critic(size, width).to(device), torch.Generator(device), Guard(device)
+    gen, critic, rng, guard = wgan_gp.Generator(size, width).to(device), wgan_gp.Critic(size, width).to(device), torch.Generator(device), NanGuard(device)
     opt_g, opt_c = (adam(m.parameters(), 2e-4, (.5, .9), 1e-4) for m in (gen, critic))
     films = torch.randint(256, (20, size, size), dtype=torch.uint8, device=device)
     def turn(at):
-        terms = wgan_gp.wgan_turn(gen, critic, opt_g, opt_c, to_signed(films[at]), 10., 5, True, rng)
+        terms = wgan_gp.wgan_step(gen, critic, opt_g, opt_c, to_tensor(films[at]), 10., 5, True, rng)
         guard.watch(terms['wasserstein'], terms['penalty'])
         return terms
-    return whole(turn, device, (rng,))
+    return cuda_graphed(turn, device, (rng,))
 
 def labels(n, device):
     import pandas as pd
-    return label_vectors(pd.DataFrame([(list(TABLE3)[i%14], 'AP', 'LR'[i%2]) for i in range(n)], columns=list(BLOCKS))).to(device)
+    return one_hot_labels(pd.DataFrame([(list(TABLE3)[i%14], 'AP', 'LR'[i%2]) for i in range(n)], columns=list(LABEL_FIELDS))).to(device)
 
 def plain_labelled(size, width, batch, device, twin):
-    nets = [ac_gan.Generator(size, width).to(device), ac_gan.Discriminator(size, width).to(device)]+[tac_gan.Twin(size, width).to(device)]*twin
+    nets = [ac_gan.Generator(size, width).to(device), ac_gan.Discriminator(size, width).to(device)]+[tac_gan.TwinClassifier(size, width).to(device)]*twin
     gen, dis, *twins = nets
     opt_g, opt_d, *opt_c = (torch.optim.Adam(m.parameters(), lr, (.5, .999)) for m,lr in zip(nets, (5e-4, 2e-4, 2e-4)))
     films, y = torch.rand(20, 1, size, size, device=device)*2-1, labels(20, device)
     def turn(at):
-        x, y_fake = films[at], ac_gan.drawn_labels(y, batch)
+        x, y_fake = films[at], ac_gan.sample_labels(y, batch)
         fake = gen(torch.randn(batch, 256, device=device), y_fake).detach()
-        update(opt_d, sum(ac_gan.discriminator_terms(dis, x, y[at], fake, y_fake, SIZES, not twin).values()))
-        if twin: update(opt_c[0], block_cross_entropy(twins[0](fake), y_fake, SIZES))
-        y_fake = ac_gan.drawn_labels(y, batch)
+        optimizer_step(opt_d, sum(ac_gan.discriminator_losses(dis, x, y[at], fake, y_fake, SIZES, not twin).values()))
+        if twin: optimizer_step(opt_c[0], label_cross_entropy(twins[0](fake), y_fake, SIZES))
+        y_fake = ac_gan.sample_labels(y, batch)
         fake = gen(torch.randn(batch, 256, device=device), y_fake)
-        update(opt_g, sum((tac_gan.twin_terms(dis, twins[0], fake, y_fake, SIZES) if twin else ac_gan.generator_terms(dis, fake, y_fake, SIZES)).values()))
+        optimizer_step(opt_g, sum((tac_gan.tac_generator_losses(dis, twins[0], fake, y_fake, SIZES) if twin else ac_gan.generator_losses(dis, fake, y_fake, SIZES)).values()))
     return turn
 
 def our_labelled(size, width, batch, device, twin, fuse=False):
-    nets = [ac_gan.Generator(size, width).to(device), ac_gan.Discriminator(size, width).to(device)]+[tac_gan.Twin(size, width).to(device)]*twin
+    nets = [ac_gan.Generator(size, width).to(device), ac_gan.Discriminator(size, width).to(device)]+[tac_gan.TwinClassifier(size, width).to(device)]*twin
     opts = [adam(m.parameters(), lr, (.5, .999)) for m,lr in zip(nets, (5e-4, 2e-4, 2e-4))]
-    films, y, guard = torch.randint(256, (20, size, size), dtype=torch.uint8, device=device), labels(20, device), Guard(device)
-    step, losses = ((tac_gan.tac_gan_turn, (ac_gan.discriminator_terms, block_cross_entropy, tac_gan.twin_terms)) if twin else
-                    (ac_gan.ac_gan_turn, (ac_gan.discriminator_terms, ac_gan.generator_terms)))
-    losses = [compiled(f, device, fuse) for f in losses]
+    films, y, guard = torch.randint(256, (20, size, size), dtype=torch.uint8, device=device), labels(20, device), NanGuard(device)
+    step, losses = ((tac_gan.tac_gan_step, (ac_gan.discriminator_losses, label_cross_entropy, tac_gan.tac_generator_losses)) if twin else
+                    (ac_gan.ac_gan_step, (ac_gan.discriminator_losses, ac_gan.generator_losses)))
+    losses = [maybe_compile(f, device, fuse) for f in losses]
     def turn(at):
-        terms = step(*nets, *opts, to_signed(films[at]), y[at], y, SIZES, *losses)
+        terms = step(*nets, *opts, to_tensor(films[at]), y[at], y, SIZES, *losses)
         guard.watch(*terms.values())
         return terms
-    return whole(turn, device)
+    return cuda_graphed(turn, device)
 
 LOOPS = {'wgan_gp': (plain_wgan_gp, our_wgan_gp), 'ac_gan': (lambda *a: plain_labelled(*a, False), lambda *a, **k: our_labelled(*a, False, **k)),
          'tac_gan': (lambda *a: plain_labelled(*a, True), lambda *a, **k: our_labelled(*a, True, **k))}
@@ -77,7 +79,7 @@ def worker(model, way, size, width, batch, device, at_once):
     "In a process of its own: a line of JSON for each line read, with the seconds of one step (of `at_once` models)"
     torch.manual_seed(0)
     device = torch.device(device)
-    if way!='plain': prepare(device)
+    if way!='plain': configure_device(device)
     elif device.type=='cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True   # the same precision
     UpConv.folded = way!='plain'
     make = LOOPS[model][way!='plain']

@@ -7,10 +7,13 @@ from pathlib import Path
 import cv2, numpy as np, pandas as pd, piq, torch
 import torchmetrics.functional.image as tm
 from results import keep
-from elbowsynth.data import write_png
-from elbowsynth.extractors import load_extractor
-from elbowsynth.metrics import MMD_CONVENTIONS, ms_ssim, score_run, ssim, variety
-from elbowsynth.stats import convention_kernel, mmd_jackknife, run_statistics, set_distances, set_varieties
+from elbowsynth.data.images import write_png
+from elbowsynth.evaluation.extractors import load_extractor
+from elbowsynth.evaluation.mmd import fidelity_diversity, MMD_CONVENTIONS
+from elbowsynth.evaluation.ssim import ms_ssim, ssim
+from elbowsynth.evaluation.metrics import score_run
+from elbowsynth.evaluation.stats import make_kernel, mmd_jackknife
+from elbowsynth.evaluation.run_statistics import diversity_intervals, mmd_intervals, run_statistics
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 torch.set_num_threads(CORES)
@@ -57,7 +60,7 @@ def large_sets(n, d):
     fx,fy = (np.concatenate([np.maximum(rng.normal(.5+.01*i, .5, (500, d)), 0).astype(np.float32) for _ in range(n//500)]) for i in (0, 1))
     g = np.arange(n)//2
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    _, seconds, cpu = timed(lambda: mmd_jackknife(fx, fy, convention_kernel(MMD_CONVENTIONS['median'], fx, fy), g, g+n))
+    _, seconds, cpu = timed(lambda: mmd_jackknife(fx, fy, make_kernel(MMD_CONVENTIONS['median'], fx, fy), g, g+n))
     return [{'what': f'MMD² (median) with its interval of {n} x {d} against as many', 'ms': 1e3*seconds, 'ms of processor': 1e3*cpu,
              'peak MiB of the process': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, 'MiB before': before/1024}]
 
@@ -67,7 +70,7 @@ def statistics_of_a_set(n, d):
     real, fake, noise = (np.maximum(rng.normal(m, .5, (n, d)), 0).astype(np.float32) for m in (.5, .51, .7))
     one = {'block': 'inpainting', 'model': 'flux', 'kind': 'samples', 'epoch': 0, 'checkpoint': 'last', 'paired': True, 'fx': real, 'fy': fake, 'noise': noise, 'patients': g, 'films': np.arange(n)}
     rows = []
-    for what,f in (('MMD² by five conventions with intervals and tests', lambda: set_distances([one], MMD_CONVENTIONS)), ('fidelity and variety with intervals', lambda: set_varieties([one], variety))):
+    for what,f in (('MMD² by five conventions with intervals and tests', lambda: mmd_intervals([one], MMD_CONVENTIONS)), ('fidelity and variety with intervals', lambda: diversity_intervals([one], fidelity_diversity))):
         _, seconds, cpu = timed(f)
         rows.append({'what': f'{what}, one set of {n} x {d}', 'ms': 1e3*seconds, 'ms of processor': 1e3*cpu, 'minutes': seconds/60})
     return rows

@@ -8,9 +8,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2, numpy as np
 from results import keep
-from elbowsynth.anatomy import BONES, Ellipsoid, injured, new_arm, posed
-from elbowsynth.data import PATHOLOGIES, VIEWS
-from elbowsynth.phantom import bone_shadow, phantom, placed, write_films
+from elbowsynth.phantom.anatomy import BONES, pose_arm, sample_arm
+from elbowsynth.phantom.geometry import Ellipsoid
+from elbowsynth.phantom.injuries import apply_injuries
+from elbowsynth.data.classes import PATHOLOGIES, VIEWS
+from elbowsynth.phantom.exposure import bone_thickness, sample_projection
+from elbowsynth.phantom.phantom import phantom, write_phantom_dataset
 
 def seconds(f):
     start = time.thread_time()
@@ -49,10 +52,10 @@ for size, some in ((256, asked), (1024, asked[::3])):
     times = np.array([seconds(lambda: phantom(*a, size=size)) for a in some])*1000
     rows.append({'what': f'a film of {size} x {size}, median of {len(some)}', 'ms': np.median(times).item()})
 
-size, camera = 128, placed('AP', 1, np.random.default_rng(0))
-pieces, beam = posed(injured(new_arm(0), ['olecranon fracture'], 0), camera.flexion), camera.beam(size)
+size, camera = 128, sample_projection('AP', 1, np.random.default_rng(0))
+pieces, beam = pose_arm(apply_injuries(sample_arm(0), ['olecranon fracture'], 0), camera.flexion), camera.beam(size)
 lengths = {}
-ours = np.median([seconds(lambda: lengths.update(ours=bone_shadow(pieces, beam)[2])) for _ in range(9)])
+ours = np.median([seconds(lambda: lengths.update(ours=bone_thickness(pieces, beam)[2])) for _ in range(9)])
 voxels = seconds(lambda: lengths.update(voxels=voxel_sum(pieces, beam, camera.width/size)))
 off = np.abs(lengths['ours']-lengths['voxels'])[lengths['ours']>0].mean()
 rows += [{'what': f'bones alone, {size} x {size}', 'ms': 1000*ours.item()},
@@ -61,6 +64,6 @@ rows += [{'what': f'bones alone, {size} x {size}', 'ms': 1000*ours.item()},
 
 with tempfile.TemporaryDirectory() as folder:
     start, busy = time.perf_counter(), time.process_time()
-    write_films(folder, 200, 256)
+    write_phantom_dataset(folder, 200, 256)
     rows.append({'what': 'a folder of 400 films of 256 x 256 with masks, label maps and truth, all cores, by the clock', 'ms': 1000*(time.perf_counter()-start)})
 keep('phantom', 'Made-up films', 'Processor time of one thread, but for the folder. `python bench/phantom.py`.', rows)

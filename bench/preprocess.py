@@ -8,10 +8,11 @@ for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ[name] = '1'
 import argparse, json, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 import cv2, numpy as np, pandas as pd
-from elbowsynth.core import spread
-from elbowsynth.data import PATHOLOGIES, read_image, write_png
-from elbowsynth.phantom import NUISANCES, phantom
-from elbowsynth.preprocess import grey_of, preprocess, remove_overlay, wrong_edges
+from elbowsynth.core import parallel_map
+from elbowsynth.data.classes import PATHOLOGIES
+from elbowsynth.data.images import read_image, write_png
+from elbowsynth.phantom.phantom import ARTIFACTS, phantom
+from elbowsynth.data.preprocess import crop_errors, preprocess, remove_overlay, to_grayscale
 from results import keep
 cv2.setNumThreads(1)
 
@@ -48,7 +49,7 @@ def one_core(films, out):
 
 def peak(folder, jobs):
     "Seconds and peak memory in MiB of a run in a process of its own"
-    code = ('import sys, time, resource, cv2; cv2.setNumThreads(1); from elbowsynth.preprocess import preprocess_folder; start = time.perf_counter(); '
+    code = ('import sys, time, resource, cv2; cv2.setNumThreads(1); from elbowsynth.data.preprocess import preprocess_folder; start = time.perf_counter(); '
             'preprocess_folder(sys.argv[1], sys.argv[2], jobs=int(sys.argv[3])); print(time.perf_counter()-start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)')
     with tempfile.TemporaryDirectory() as out:
         text = subprocess.run([sys.executable, '-c', code, str(folder), out, str(jobs)], capture_output=True, text=True, check=True).stdout
@@ -72,22 +73,22 @@ def speed(n):
 def right(n, size, sheet, seed):
     def one(i):
         rng = np.random.default_rng([i, 99])
-        nuisances = [o for o in NUISANCES if o!='coloured overlay' or i%2]
-        film = phantom(('AP', 'LAT')[i%2], [PATHOLOGIES[i%14]], 'LR'[i%3>0], age=float(rng.uniform(2, 70)), seed=seed+i, size=size, nuisances=nuisances)
+        nuisances = [o for o in ARTIFACTS if o!='coloured overlay' or i%2]
+        film = phantom(('AP', 'LAT')[i%2], [PATHOLOGIES[i%14]], 'LR'[i%3>0], age=float(rng.uniform(2, 70)), seed=seed+i, size=size, artifacts=nuisances)
         done, (bare, ink) = preprocess(film.image, 256), remove_overlay(film.image)
         g, grown = done.geometry, cv2.dilate(film.overlay.astype(np.uint8), np.ones((5, 5)))>0
         box = g.top, g.left, g.bottom, g.right
         t,l,b,r = film.marker
         off = [max(abs(p-q)/(s or 1) for p,q,s in zip(box, film.field, (film.field[2]-film.field[0], film.field[3]-film.field[1])*2))]
         lost = (ink & ~cv2.dilate(grown.astype(np.uint8), np.ones((9, 9))).astype(bool))[t:b, l:r].mean()
-        row = {'film': i, 'polarity': done.report['inverted']!=film.inverted, 'crop': ' '.join(wrong_edges(grey_of(bare), box, film.field, grown)), 'two_in_hundred': off[0]>.02,
-               'crop_at_2': ' '.join(wrong_edges(grey_of(bare), box, film.field, grown, .02)), 'found': float((ink & film.overlay).sum()/max(1, film.overlay.sum())), 'letter_lost': bool(lost>.03)}
+        row = {'film': i, 'polarity': done.report['inverted']!=film.inverted, 'crop': ' '.join(crop_errors(to_grayscale(bare), box, film.field, grown)), 'two_in_hundred': off[0]>.02,
+               'crop_at_2': ' '.join(crop_errors(to_grayscale(bare), box, film.field, grown, .02)), 'found': float((ink & film.overlay).sum()/max(1, film.overlay.sum())), 'letter_lost': bool(lost>.03)}
         bad = row['polarity'] or row['crop']
-        picture = np.repeat(grey_of(film.image)[..., None], 3, 2) if bad else None
+        picture = np.repeat(to_grayscale(film.image)[..., None], 3, 2) if bad else None
         if bad:
             for (t,l,b,r),colour in ((film.field, (0, 255, 0)), (box, (0, 0, 255))): cv2.rectangle(picture, (l, t), (r-1, b-1), colour, 2)
         return row, picture
-    done = list(spread(one, range(n)))
+    done = list(parallel_map(one, range(n)))
     rows, wrong = pd.DataFrame([r for r,_ in done]), [cv2.resize(p, (384, 384), interpolation=cv2.INTER_AREA) for _,p in done if p is not None]
     if sheet and wrong:
         wrong += [wrong[0]*0]*(-len(wrong)%4)

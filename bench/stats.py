@@ -14,7 +14,8 @@ DIMS = 2048
 def one(what, n):
     "Run in a process of its own, so that the peak memory is its own"
     import torch
-    from elbowsynth.stats import gaussian_kernel, mmd_jackknife, permutation_test, swap_test
+    from elbowsynth.evaluation.stats import (
+        gaussian_kernel, mmd_jackknife, paired_permutation_test, permutation_test)
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     draw = np.random.default_rng(0)
     x, y = (np.maximum(draw.standard_normal((n, DIMS), np.float32)+o, 0) for o in (np.float32(0), np.float32(.02)))
@@ -23,8 +24,8 @@ def one(what, n):
     start = time.perf_counter()
     if what=='jackknife': o = mmd_jackknife(x, y, kernel, g, [f'y{i}' for i in g])
     elif what=='paired jackknife': o = mmd_jackknife(x, y, kernel, g, g)
-    elif what=='permutation': o = permutation_test(x, y, kernel, g, [f'y{i}' for i in g], draws=499)
-    elif what=='swap': o = swap_test(x, y, kernel, g, draws=499)
+    elif what=='permutation': o = permutation_test(x, y, kernel, g, [f'y{i}' for i in g], n_resamples=499)
+    elif what=='swap': o = paired_permutation_test(x, y, kernel, g, n_resamples=499)
     else:                                                               # three whole matrices, 200 bootstrap samples of films
         k = [kernel(*map(torch.as_tensor, p)).numpy()+1 for p in ((x, x), (y, y), (x, y))]
         def value(i, j): return (k[0][np.ix_(i, i)].sum()-n)/(n*(n-1))+(k[1][np.ix_(j, j)].sum()-n)/(n*(n-1))-2*k[2][np.ix_(i, j)].mean()

@@ -4,13 +4,23 @@ import cv2, numpy as np, pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 from skimage.draw import polygon2mask
-from elbowsynth import data, masks
-from elbowsynth.data import PATHOLOGIES, REGIONS, TABLE3, VIEWS, BadLabels, breakdown, caption, kin, off_target, read_labels, read_pairs, region_of, split, write_manifest, write_png
-from elbowsynth.masks import (areas, box_polygon, check_masks, draw_masks, joint_of, limbs_of, mask_regions, oval_polygon, pair_name, polygon_mask, read_coco, read_labelme,
-                              read_shapes, read_vgg, read_yolo, run_lengths, run_polygons, suggested_mask, with_masks, write_masks)
-from elbowsynth.phantom import draw_nuisances, phantom
-from elbowsynth.preprocess import preprocess_folder
-from elbowsynth.split import small_classes, views_breakdown, with_shares, write_split
+from elbowsynth.data.labels import labels as data, masks
+from elbowsynth.data.classes import caption, PATHOLOGIES, region_of, REGIONS, VIEWS
+from elbowsynth.paper import TABLE3
+from elbowsynth.data.labels import LabelsError, read_labels, read_pairs, write_manifest
+from elbowsynth.data.split import (
+    class_counts, patient_groups, split_deviations, stratified_group_split)
+from elbowsynth.data.images import write_png
+from elbowsynth.data.masks import (
+    check_masks, estimate_joint, estimate_limb_axes, heuristic_mask, mask_area_table, mask_regions,
+    write_masks)
+from elbowsynth.data.annotations import (
+    box_polygon, decode_rle, ellipse_polygon, merge_masks, polygon_mask, rasterize_masks, read_coco,
+    read_labelme, read_shapes, read_via, read_yolo, rle_polygons)
+from elbowsynth.data.labels import pair_name
+from elbowsynth.phantom.phantom import phantom, sample_artifacts
+from elbowsynth.data.preprocess import preprocess_folder
+from elbowsynth.data.split import format_shares, small_classes, view_counts, write_split
 
 def flat(grey=90, shape=(40, 50)): return np.random.default_rng(grey).integers(0, 255, shape).astype(np.uint8)
 
@@ -49,7 +59,7 @@ def test_each_fault_of_a_row_is_named(tmp_path, row):
     (tmp_path/'torn.png').write_bytes((tmp_path/'small.png').read_bytes()[:50])
     write_png(tmp_path/'f.png', flat()); write_png(tmp_path.parent/'f.png', flat())
     (tmp_path/'labels.csv').write_text('file,patient,view,side,pathology,mask,group,licence,sha256,age\n\n'+row)
-    with pytest.raises(BadLabels) as e: read_labels(tmp_path)
+    with pytest.raises(LabelsError) as e: read_labels(tmp_path)
     assert FAULTS[row] in str(e.value)
     if 'film without' not in str(e.value): assert 'row 3, ' in str(e.value)                   # as a spreadsheet counts, the empty line included
 
@@ -63,11 +73,11 @@ PAIRS_OF_ROWS = {('f.png,P1,AP,L,normal,,,,,', 'f.png,P1,AP,L,joint effusion,,,,
 
 @pytest.mark.parametrize('rows', PAIRS_OF_ROWS)
 def test_contradictions_are_named(tmp_path, rows):
-    with pytest.raises(BadLabels, match=PAIRS_OF_ROWS[rows]): read_labels(folder_of(tmp_path, rows))
+    with pytest.raises(LabelsError, match=PAIRS_OF_ROWS[rows]): read_labels(folder_of(tmp_path, rows))
 
 def test_all_faults_come_in_one_report_and_line_by_line(tmp_path):
     rows = [r.replace('f.png', f'f{i}.png') for i,r in enumerate(FAULTS) if 'png,,,,' not in r and '..' not in r and 'hostname' not in r]
-    with pytest.raises(BadLabels) as e: read_labels(folder_of(tmp_path, rows))
+    with pytest.raises(LabelsError) as e: read_labels(folder_of(tmp_path, rows))
     text = str(e.value)
     for r in rows: assert FAULTS[next(k for k in FAULTS if k.split(',')[1:]==r.split(',')[1:])] in text
     lines = [int(l.split()[1].rstrip(',')) for l in text.splitlines() if l.startswith('  row')]
@@ -75,7 +85,7 @@ def test_all_faults_come_in_one_report_and_line_by_line(tmp_path):
 
 def test_films_without_view_are_listed_together(tmp_path):
     rows = [f'f{i}.png,P{i},{"AP" if i%3 else ""},{"L" if i%2 else ""},normal,,,,,' for i in range(6)]
-    with pytest.raises(BadLabels) as e: read_labels(folder_of(tmp_path, rows))
+    with pytest.raises(LabelsError) as e: read_labels(folder_of(tmp_path, rows))
     assert '2 films without a view: fill in AP or LAT (an importer does so where the files themselves say it): f0.png, f3.png' in str(e.value)
     assert '3 films without a side' in str(e.value) and 'row' not in str(e.value)
 
@@ -83,13 +93,13 @@ def test_the_same_film_under_two_patients(tmp_path):
     rows = ['a.png,P1,AP,L,normal,,,,,', 'b.png,P2,AP,L,normal,,,,,', 'c.png,P3,AP,L,normal,,,,,']
     folder_of(tmp_path, rows)
     (tmp_path/'b.png').write_bytes((tmp_path/'a.png').read_bytes())
-    with pytest.raises(BadLabels, match='row 3, b.png: the same bytes as a.png of patient P1: remove one of them, or give both one `group`'): read_labels(tmp_path)
+    with pytest.raises(LabelsError, match='row 3, b.png: the same bytes as a.png of patient P1: remove one of them, or give both one `group`'): read_labels(tmp_path)
     folder_of(tmp_path, [r.replace('normal,,,', 'normal,,copies,') for r in rows[:2]])
-    assert kin(read_labels(tmp_path)).nunique()==1                                           # kept, and kept together
+    assert patient_groups(read_labels(tmp_path)).nunique()==1                                           # kept, and kept together
     folder_of(tmp_path, [rows[0], rows[1].replace('P2', 'P1')])
     assert len(read_labels(tmp_path))==2
     folder_of(tmp_path, [f'{n}.png,P{n},AP,L,normal,,,,{"c"*64},' for n in 'cd'])
-    with pytest.raises(BadLabels, match='d.png: the same bytes as c.png'): read_labels(tmp_path)
+    with pytest.raises(LabelsError, match='d.png: the same bytes as c.png'): read_labels(tmp_path)
 
 def test_csv_and_parquet_say_the_same(tmp_path):
     table = pd.DataFrame({'File': ['a.png', 'a.png', 'b.png'], 'patient': [1, 1, 2], 'VIEW': ['Lateral', 'LAT', 'ap'], 'side': ['left', 'L', 'R'], 'pathology': ['Joint_Effusion', 'olecranon fracture', 'normal'],
@@ -104,7 +114,7 @@ def test_csv_and_parquet_say_the_same(tmp_path):
     assert one.iloc[0].tolist()==['a.png', '1', 'LAT', 'L', 'joint effusion', '', '', 'CC BY 4.0', '', '7.5', 'a'] and one.age[2]==''
     table['age'] = 'old'
     table.to_parquet(tmp_path/'labels.parquet')
-    with pytest.raises(BadLabels, match="row 2, a.png: age"): read_labels(tmp_path)
+    with pytest.raises(LabelsError, match="row 2, a.png: age"): read_labels(tmp_path)
 
 @pytest.mark.parametrize('suffix', ['csv', 'parquet'])
 def test_what_is_written_is_read(tmp_path, suffix):
@@ -170,15 +180,15 @@ def test_runs_of_pixels_come_back(h, w, seed, share):
     for v in down:
         if v!=colour: runs.append(0); colour = v
         runs[-1] += 1
-    assert run_lengths(packed(runs))==runs
-    assert (polygon_mask(run_polygons(packed(runs), h, w), h, w)==m).all()
+    assert decode_rle(packed(runs))==runs
+    assert (polygon_mask(rle_polygons(packed(runs), h, w), h, w)==m).all()
 
 def test_runs_as_the_reference_tool_packs_them():
     m = np.zeros((40, 50), bool)
     m[5:33, 7:41], m[10:20, 20:30] = True, False
     text = 'm8l0<000000000000000000000000YON82HN82HN82HN82HN82HN82HN82HN82HN82HN82?00000000000000000000S;'     # of pycocotools 2.0.11
-    assert (polygon_mask(run_polygons(text, 40, 50), 40, 50)==m).all()
-    with pytest.raises(ValueError, match='runs of 2000 pixels'): run_polygons(text, 41, 50)
+    assert (polygon_mask(rle_polygons(text, 40, 50), 40, 50)==m).all()
+    with pytest.raises(ValueError, match='runs of 2000 pixels'): rle_polygons(text, 41, 50)
 
 def in_every_format(top):
     "One square and one box on one film, as each tool writes them"
@@ -205,14 +215,14 @@ def test_every_format_gives_the_same_masks(tmp_path):
     write_png(tmp_path/'a.png', flat())
     means = {'fx': 'supracondylar fracture', 'fluid': 'joint effusion'}
     for path in in_every_format(tmp_path):
-        rows = draw_masks(read_shapes(path, tmp_path), means, tmp_path)
+        rows = rasterize_masks(read_shapes(path, tmp_path), means, tmp_path)
         assert rows.values.tolist()==[['a.png', p, f'masks/{pair_name("a", p)}.png'] for p in ('supracondylar fracture', 'joint effusion')], path
         drawn = [cv2.imread(str(tmp_path/m), 0)>0 for m in rows['mask']]
         assert [m.sum() for m in drawn]==[400, 300] and drawn[0][6:26, 4:24].all() and drawn[1][10:30, 30:45].all(), path
-        one = draw_masks(read_shapes(path, tmp_path), dict.fromkeys(means, 'joint effusion'), tmp_path)
+        one = rasterize_masks(read_shapes(path, tmp_path), dict.fromkeys(means, 'joint effusion'), tmp_path)
         assert len(one)==1 and (cv2.imread(str(tmp_path/one['mask'][0]), 0)>0).sum()==700        # one mask per film and pathology
     films = pd.DataFrame([['a.png', 'P1', 'LAT', 'L', '']], columns=data.COLUMNS)
-    write_manifest(tmp_path, with_masks(films, draw_masks(read_shapes(tmp_path/'coco.json', tmp_path), means, tmp_path)))
+    write_manifest(tmp_path, merge_masks(films, rasterize_masks(read_shapes(tmp_path/'coco.json', tmp_path), means, tmp_path)))
     assert read_labels(tmp_path).pathology.tolist()==list(means.values())
 
 def test_what_is_wrong_with_annotations_is_said_at_once(tmp_path):
@@ -220,7 +230,7 @@ def test_what_is_wrong_with_annotations_is_said_at_once(tmp_path):
     shape = lambda file, label, box, h=0, w=0: dict(file=file, label=label, polygons=[box_polygon(*box)], height=h, width=w)
     shapes = [shape('a.png', 'fx', (1, 1, 5, 5)), shape('a.png', 'cast', (1, 1, 5, 5)), shape('a.png', 'fx', (40, 30, 20, 5)), shape('../b.png', 'fx', (1, 1, 5, 5)), shape('a.png', 'fx', (1, 1, 5, 5), 400, 500),
               shape('a.png', 'mole', (-90, 0, 5, 5)), shape(str(tmp_path/'b.png'), 'fx', (1, 1, 5, 5))]
-    with pytest.raises(BadLabels) as e: draw_masks(shapes, {'fx': 'olecranon fracture', 'mole': '', 'x': 'nonsense'}, tmp_path/'films')
+    with pytest.raises(LabelsError) as e: rasterize_masks(shapes, {'fx': 'olecranon fracture', 'mole': '', 'x': 'nonsense'}, tmp_path/'films')
     for text in ("label 'cast' of 1 shape", "'nonsense', which is no class", 'leaves the film of 50 x 40', '../b.png: no such film', 'is (40, 50), while it was annotated as (400, 500)', '6 faults'):
         assert text in str(e.value), str(e.value)
     assert sorted(p.name for p in tmp_path.rglob('*'))==['a.png', 'b.png', 'films']             # nothing was written
@@ -234,7 +244,7 @@ def test_files_that_are_no_annotations(tmp_path, text):
 @pytest.mark.parametrize('polygons', [[], [np.array([[1., 1], [5, 5]])], [box_polygon(3, 3, 9, 0)], [np.array([[1, 1], [5, np.nan], [9, 2]])]])
 def test_shapes_without_area_are_faults(tmp_path, polygons):
     write_png(tmp_path/'a.png', flat())
-    with pytest.raises(BadLabels, match='a.png: a fx without any area'): draw_masks([dict(file='a.png', label='fx', polygons=polygons, height=0, width=0)], {'fx': 'normal'}, tmp_path)
+    with pytest.raises(LabelsError, match='a.png: a fx without any area'): rasterize_masks([dict(file='a.png', label='fx', polygons=polygons, height=0, width=0)], {'fx': 'normal'}, tmp_path)
 
 def test_yolo_boxes_and_polygons_mixed_and_empty(tmp_path):
     (tmp_path/'n.txt').write_text('')
@@ -247,10 +257,10 @@ def test_a_mask_file_with_a_grey_for_each_class(tmp_path):
     labels = np.zeros((30, 40), np.uint8)
     labels[2:10, 3:20], labels[12:20, 5:9] = 1, 7
     write_png(tmp_path/'m.png', labels)
-    shapes = masks.read_greys(tmp_path/'m.png', 'a.png', {1: 'fx', 7: 'fluid'})
+    shapes = masks.read_label_mask(tmp_path/'m.png', 'a.png', {1: 'fx', 7: 'fluid'})
     assert [(s['label'], (polygon_mask(s['polygons'], 30, 40)==(labels==g)).all()) for s,g in zip(shapes, (1, 7))]==[('fx', True), ('fluid', True)]
     cv2.imwrite(str(tmp_path/'m.jpg'), labels*30)
-    with pytest.raises(ValueError, match='greys, too many for classes'): masks.read_greys(tmp_path/'m.jpg', 'a.png')
+    with pytest.raises(ValueError, match='greys, too many for classes'): masks.read_label_mask(tmp_path/'m.jpg', 'a.png')
 
 def test_the_size_of_a_film_is_that_of_its_pixels(tmp_path):
     "Cameras note how a picture is to be turned; size and pixels must agree on it"
@@ -259,9 +269,9 @@ def test_the_size_of_a_film_is_that_of_its_pixels(tmp_path):
         exif = Image.Exif()
         if 'turned' in name: exif[274] = 6
         Image.fromarray(np.zeros((30, 40), np.uint16 if 'deep' in name else np.uint8)).save(tmp_path/name, exif=exif)
-        assert data.shape_of(tmp_path/name)==data.read_image(tmp_path/name).shape[:2]==((40, 30) if 'turned' in name else (30, 40)), name
+        assert data.image_shape(tmp_path/name)==data.read_image(tmp_path/name).shape[:2]==((40, 30) if 'turned' in name else (30, 40)), name
     (tmp_path/'x.png').write_bytes(b'no picture')
-    assert data.shape_of(tmp_path/'x.png') is None
+    assert data.image_shape(tmp_path/'x.png') is None
 
 # --------------------------------------------------------------------------------------------------------------- checking of masks
 
@@ -295,16 +305,16 @@ def test_the_film_may_be_inverted_or_deep(tmp_path, arm, invert, deep):
     film = (arm.image.astype(np.uint16)*16 if deep else arm.image)
     film = film.max()-film if invert else film
     for fault,m in bad_masks(arm).items():
-        if fault in ('wrong polarity', 'empty', 'full', 'good'): assert masks.mask_fault(m, film)==('' if fault=='good' else fault)
+        if fault in ('wrong polarity', 'empty', 'full', 'good'): assert masks.mask_error(m, film)==('' if fault=='good' else fault)
 
 def test_inverted_masks_of_all_regions_are_told_from_upright_ones():
     "Also on films with every nuisance: no false alarm, and hardly one that is missed"
     for i,p in enumerate(PATHOLOGIES*2):
         a = phantom(VIEWS[i//14], [p], side='LR'[i%2], age=30, seed=i, size=160)
-        assert (masks.mask_fault(a.masks[p], a.image), masks.mask_fault(~a.masks[p], a.image))==('', 'wrong polarity'), (p, i)
-    hostile = [(phantom(VIEWS[i%2], [PATHOLOGIES[i%14]], age=30, seed=i, size=128, nuisances=draw_nuisances(i)), PATHOLOGIES[i%14]) for i in range(56)]
-    assert [masks.mask_fault(a.masks[p], a.image) for a,p in hostile]==['']*len(hostile)
-    assert sum(masks.mask_fault(~a.masks[p], a.image)=='wrong polarity' for a,p in hostile)>=.95*len(hostile)
+        assert (masks.mask_error(a.masks[p], a.image), masks.mask_error(~a.masks[p], a.image))==('', 'wrong polarity'), (p, i)
+    hostile = [(phantom(VIEWS[i%2], [PATHOLOGIES[i%14]], age=30, seed=i, size=128, artifacts=sample_artifacts(i)), PATHOLOGIES[i%14]) for i in range(56)]
+    assert [masks.mask_error(a.masks[p], a.image) for a,p in hostile]==['']*len(hostile)
+    assert sum(masks.mask_error(~a.masks[p], a.image)=='wrong polarity' for a,p in hostile)>=.95*len(hostile)
 
 def test_faults_of_the_stage_are_found(tmp_path, arm):
     write_png(tmp_path/'in'/'a.png', arm.image); write_png(tmp_path/'in'/'b.png', np.roll(arm.image, 9, 1))
@@ -317,7 +327,7 @@ def test_faults_of_the_stage_are_found(tmp_path, arm):
     (tmp_path/'masks'/'b__normal.png').unlink()
     (tmp_path/'masks'/'a__joint_effusion.png').write_bytes((tmp_path/'masks'/'a__supracondylar_fracture.png').read_bytes())
     assert check_masks(tmp_path/'masks', tmp_path/'images').fault.tolist()==['wrong polarity', 'wrong polarity', 'missing']
-    masks.check_sheet(tmp_path/'masks', check_masks(tmp_path/'masks', tmp_path/'images'), tmp_path/'images').savefig(tmp_path/'sheet.png')
+    masks.plot_mask_checks(tmp_path/'masks', check_masks(tmp_path/'masks', tmp_path/'images'), tmp_path/'images').savefig(tmp_path/'sheet.png')
     assert list(table)[-2:]==['licence', 'group'] and table.licence.tolist()==['CC0', 'CC0', ''] and table.group.tolist()==['g', 'g', '']
     sets = write_split(tmp_path/'masks', tmp_path/'split')
     assert list(sets)[-3:]==['licence', 'group', 'split'] and (read_pairs(tmp_path/'split').licence==table.licence).all()
@@ -342,7 +352,7 @@ def test_suggested_masks_pass_the_check_and_have_the_papers_area(tmp_path):
     before = {p.name: p.read_bytes() for p in (tmp_path/'masks').glob('*.png')}
     write_masks(tmp_path/'in', tmp_path/'images', tmp_path/'masks')
     assert before=={p.name: p.read_bytes() for p in (tmp_path/'masks').glob('*.png')}
-    assert 'all' in areas(table).index and areas(table).paper.iloc[-1]=='0.289'
+    assert 'all' in mask_area_table(table).index and mask_area_table(table).paper.iloc[-1]=='0.289'
 
 def test_suggestions_follow_the_film():
     "Nearer to the joint than the middle of the film is, and along the bones"
@@ -350,8 +360,8 @@ def test_suggestions_follow_the_film():
     for i in range(30):
         a = phantom('LAT', ['normal'], side='LR'[i%2], age=30, seed=i, size=160)
         at = np.array(a.landmarks['capitellum'])/160
-        near.append(np.hypot(*(joint_of(a.image)-at))); middle.append(np.hypot(*(at-.5)))
-        up, out = limbs_of(a.image, joint_of(a.image))
+        near.append(np.hypot(*(estimate_joint(a.image)-at))); middle.append(np.hypot(*(at-.5)))
+        up, out = estimate_limb_axes(a.image, estimate_joint(a.image))
         assert up[1]<-.5 and up@out<.51
     assert np.mean(near)<.6*np.mean(middle) and np.median(near)<.1
 
@@ -362,7 +372,7 @@ def test_normal_films_take_all_regions_evenly_in_each_view():
     assert (pairs.region[pairs.pathology!='normal']=='joint').all()
 
 def test_no_two_suggestions_of_a_film_are_alike(arm):
-    drawn = [suggested_mask(arm.image, 'joint', pair_name('x', p)) for p in REGIONS['joint']]
+    drawn = [heuristic_mask(arm.image, 'joint', pair_name('x', p)) for p in REGIONS['joint']]
     assert all((a!=b).mean()>.005 for i,a in enumerate(drawn) for b in drawn[:i])
 
 # ------------------------------------------------------------------------------------------------------------------------ the split
@@ -387,22 +397,22 @@ def like_the_paper(seed, alike=False):
 @pytest.mark.parametrize('seed', range(3))
 def test_the_papers_distribution_is_split_as_in_the_paper(seed, alike):
     pairs, before = like_the_paper(seed, alike), time.process_time()
-    pairs['split'] = split(pairs, seed=seed)
+    pairs['split'] = stratified_group_split(pairs, seed=seed)
     assert time.process_time()-before<2
-    count = breakdown(pairs)
+    count = class_counts(pairs)
     n = count.train+count.test
     assert n['total']==3017 and pairs.image.nunique()==2783
-    assert ((count.test-.3*n).abs()<=np.maximum(1, .02*n)).iloc[:-1].all() and len(off_target(pairs))==0
+    assert ((count.test-.3*n).abs()<=np.maximum(1, .02*n)).iloc[:-1].all() and len(split_deviations(pairs))==0
     assert abs(count.test['total']/898-1)<=.01 and abs(count.train['total']/2119-1)<=.01
     assert (pairs.groupby('patient').split.nunique()==1).all() and (pairs.groupby('image').split.nunique()==1).all()
-    views = views_breakdown(pairs)
+    views = view_counts(pairs)
     assert (views[['AP test', 'LAT test']].loc['total']>.28*3017/2).all()
 
 def test_no_random_grouped_split_is_nearer():
     pairs, rng = like_the_paper(9), np.random.default_rng(0)
     n = pairs.pathology.value_counts()
     off = lambda test: ((pairs.pathology[test].value_counts().reindex(n.index, fill_value=0)-.3*n)/n).abs()
-    mine = off(split(pairs)=='test')
+    mine = off(stratified_group_split(pairs)=='test')
     sizes = pairs.groupby('patient').size()
     for _ in range(100):
         order = sizes.iloc[rng.permutation(len(sizes))]
@@ -416,7 +426,7 @@ def test_no_stratified_folds_are_nearer():
     n = pairs.pathology.value_counts()
     off = lambda test: ((pairs.pathology[test].value_counts().reindex(n.index, fill_value=0)-.3*n)/n).abs().mean()
     held = np.concatenate([t for _,t in list(folds.split(pairs, pairs.pathology, pairs.patient))[:3]])
-    assert off(split(pairs)=='test')<=off(np.isin(np.arange(len(pairs)), held))
+    assert off(stratified_group_split(pairs)=='test')<=off(np.isin(np.arange(len(pairs)), held))
 
 manifests = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 25), st.sampled_from(['', '', '', 'x', 'y']), st.sampled_from(PATHOLOGIES), st.sampled_from(VIEWS)), min_size=1, max_size=60)
 
@@ -439,16 +449,16 @@ def test_any_manifest_is_split_without_leaks(rows, seed, fraction):
     pairs = pd.DataFrame(rows, columns=['patient', 'image', 'group', 'pathology', 'view'])
     home = pd.Series(families(pairs), index=pairs.index)
     if home.nunique()==1:
-        with pytest.raises(ValueError, match='cannot split'): split(pairs, fraction, seed)
+        with pytest.raises(ValueError, match='cannot split'): stratified_group_split(pairs, fraction, seed)
         return
-    part = split(pairs, fraction, seed)
+    part = stratified_group_split(pairs, fraction, seed)
     assert set(part)=={'train', 'test'} and len(part)==len(pairs) and part.name=='split'
     for k in ('patient', 'image'): assert (part.groupby(pairs[k]).nunique()==1).all()
-    assert (part.groupby(home).nunique()==1).all() and (kin(pairs).groupby(home).nunique()==1).all() and kin(pairs).nunique()==home.nunique()
-    assert part.equals(split(pairs, fraction, seed))                                          # always the same
+    assert (part.groupby(home).nunique()==1).all() and (patient_groups(pairs).groupby(home).nunique()==1).all() and patient_groups(pairs).nunique()==home.nunique()
+    assert part.equals(stratified_group_split(pairs, fraction, seed))                                          # always the same
     mixed = pairs.sample(frac=1, random_state=seed)
-    assert split(mixed, fraction, seed).sort_index().equals(part)                             # whatever the order of the rows
-    missed = off_target(pairs.assign(split=part), fraction)
+    assert stratified_group_split(mixed, fraction, seed).sort_index().equals(part)                             # whatever the order of the rows
+    missed = split_deviations(pairs.assign(split=part), fraction)
     assert set(missed.pathology)<=set(pairs.pathology) and (missed.why!='').all()
 
 @settings(deadline=None, max_examples=60)
@@ -456,30 +466,30 @@ def test_any_manifest_is_split_without_leaks(rows, seed, fraction):
 def test_a_single_class_comes_as_near_as_its_patients_allow(sizes):
     "Among all choices of patients, tried one by one, none is nearer"
     pairs = pd.DataFrame({'patient': np.repeat(np.arange(len(sizes)), sizes), 'pathology': 'joint effusion'})
-    got = (split(pairs)=='test').sum()
+    got = (stratified_group_split(pairs)=='test').sum()
     sums = [sum(s for i,s in enumerate(sizes) if k>>i & 1) for k in range(1, 2**len(sizes)-1)]
     assert abs(got-.3*sum(sizes))<=min(abs(s-.3*sum(sizes)) for s in sums)+1e-9
 
 def test_two_patients_one_patient_unknown_class():
     two = pd.DataFrame({'patient': ['a', 'a', 'b'], 'pathology': ['normal', 'joint effusion', 'normal']})
-    assert sorted(set(split(two)))==['test', 'train']
+    assert sorted(set(stratified_group_split(two)))==['test', 'train']
     for bad in (two.head(2), two.head(0)):
-        with pytest.raises(ValueError, match='cannot split'): split(bad)
-    with pytest.raises(ValueError, match="unknown pathology 'sprain'"): split(two.assign(pathology='sprain'))
+        with pytest.raises(ValueError, match='cannot split'): stratified_group_split(bad)
+    with pytest.raises(ValueError, match="unknown pathology 'sprain'"): stratified_group_split(two.assign(pathology='sprain'))
 
 def test_classes_off_target_are_named_with_the_reason():
     lone = pd.DataFrame({'patient': ['a']*8+list('bcdefghijk'), 'pathology': ['joint effusion']*8+['normal']*10})
-    missed = off_target(lone.assign(split=split(lone)))
+    missed = split_deviations(lone.assign(split=stratified_group_split(lone)))
     assert missed.pathology.tolist()==['joint effusion'] and missed.why[0]=='all its pairs are of one patient or group'
     lumps = pd.DataFrame({'patient': ['a']*30+['b']*30+list(range(20)), 'pathology': ['joint effusion']*60+['normal']*20}).astype(str)
-    assert 'its 2 patients have 30, 30 pairs: 30 is the nearest' in off_target(lumps.assign(split=split(lumps))).why.tolist()
+    assert 'its 2 patients have 30, 30 pairs: 30 is the nearest' in split_deviations(lumps.assign(split=stratified_group_split(lumps))).why.tolist()
 
 def test_table_3_and_small_classes():
     pairs = like_the_paper(1)
-    pairs['split'] = split(pairs)
-    shares = with_shares(breakdown(pairs))
+    pairs['split'] = stratified_group_split(pairs)
+    shares = format_shares(class_counts(pairs))
     assert shares.loc['supracondylar fracture', 'paper train']=='609 (28.74%)' and shares.loc['normal', 'paper test']=='194 (21.60%)' and shares.loc['total', 'paper train']=='2119'
-    assert (views_breakdown(pairs).sum(axis=1)==breakdown(pairs)[['train', 'test']].sum(axis=1)).all()
+    assert (view_counts(pairs).sum(axis=1)==class_counts(pairs)[['train', 'test']].sum(axis=1)).all()
     few = pairs[(pairs.pathology!='radial head fracture') | (pairs.groupby('pathology').cumcount()<4)]
     small = small_classes(few)
     assert {'radial head fracture'}<=set(small.pathology)<={'radial head fracture', 'elbow dislocation anterior'} and (small.train<5).all() and small.then.str.contains('WGAN-GP').all()

@@ -3,13 +3,16 @@ import inspect, json, os, signal, subprocess, sys, time
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
 from conftest import ROOT
-from elbowsynth.data import read_image
-from elbowsynth.flux import load_flux, sample_flux, train_flux
-from elbowsynth.inpaint import Pairs, RECIPES, composite, inert_rows, options_of, settle_options, toy_pairs, train_from, write_layout
-from elbowsynth.sdxl import load_sdxl, sample_sdxl, tiny_sdxl, train_sdxl
+from elbowsynth.data.images import read_image
+from elbowsynth.diffusion.flux import load_flux, sample_flux, train_flux
+from elbowsynth.diffusion.latents import InpaintDataset, toy_data, write_onetrainer_folder
+from elbowsynth.diffusion.settings import build_parser, RECIPES, resolve_config, unused_table7_rows
+from elbowsynth.diffusion.sampling import composite
+from elbowsynth.diffusion.finetune import train_cli
+from elbowsynth.diffusion.sdxl import load_sdxl, sample_sdxl, tiny_sdxl, train_sdxl
 
-TOY = toy_pairs(6, 32)
-FEW = Pairs(*(o[:2] for o in TOY))
+TOY = toy_data(6, 32)
+FEW = InpaintDataset(*(o[:2] for o in TOY))
 QUICK = dict(every=1, boost_epochs=0, epochs=1, steps=1, recompute=False, device='cpu', lr=1e-3, validate=1)
 SDXL, FLUX = dict(QUICK, base='tiny-sdxl-random'), dict(QUICK, base='tiny-flux-random')
 paper = lambda train: {p.name: p.default for p in inspect.signature(train).parameters.values() if p.default is not p.empty}
@@ -32,22 +35,22 @@ COMMON = dict(epochs=200, lr=1e-5, boost_lr=1e-4, boost_epochs=20, every=20, bat
 def test_table_7_is_the_default(train, dtype, rounding):
     has = paper(train)
     assert {k: has[k] for k in COMMON}==COMMON and has['stochastic_rounding']==rounding
-    o = settle_options(has, has)
+    o = resolve_config(has, has)
     assert {o[k] for k in ('dtype', 'prior_dtype', 'text_dtype', 'train_dtype', 'output_dtype')}=={dtype}
-    assert inert_rows(has)==['gamma', 'warmup_init']
-    assert set(inert_rows(has | dict(recipe='onetrainer-2025')))=={'gamma', 'warmup_init', 'unmasked_weight'} | ({'stochastic_rounding'} if rounding else set())
+    assert unused_table7_rows(has)==['gamma', 'warmup_init']
+    assert set(unused_table7_rows(has | dict(recipe='onetrainer-2025')))=={'gamma', 'warmup_init', 'unmasked_weight'} | ({'stochastic_rounding'} if rounding else set())
 
 @pytest.mark.parametrize('module,stage', [('sdxl', '21_sdxl'), ('flux', '22_flux')])
 def test_the_stage_has_the_trainers_defaults(module, stage):
-    from elbowsynth.core import read_parameters
+    from elbowsynth.stages import read_parameters
     trainer, cell = paper({'sdxl': train_sdxl, 'flux': train_flux}[module]), read_parameters(ROOT/'nbs'/f'{stage}.ipynb')
     assert set(trainer)-{'limit'}<=set(cell) and {k: cell[k] for k in trainer if k!='limit'}=={k: v for k, v in trainer.items() if k!='limit'} and cell['size']==1024
 
 def test_flux_is_told_the_same_guidance_at_both_ends():
     has = paper(train_flux)
-    told = [{k: settle_options(has | dict(recipe=r), has)[k] for k in ('guidance', 't5_length')} for r in RECIPES]
+    told = [{k: resolve_config(has | dict(recipe=r), has)[k] for k in ('guidance', 't5_length')} for r in RECIPES]
     assert told==[{'guidance': 30, 't5_length': 512}, {'guidance': 1, 't5_length': 77}]
-    assert settle_options(paper(train_sdxl), paper(train_sdxl))['guidance']==7.5
+    assert resolve_config(paper(train_sdxl), paper(train_sdxl))['guidance']==7.5
 
 USELESS = [dict(gamma=1.), dict(stochastic_rounding=True), dict(warmup_init=True), dict(train_dtype='float64'), dict(text_encoder='frozen', text_encoder_2='frozen', text_lr=1e-4),
            dict(train_net=False, net_epochs=3), dict(optimizer='adamw', decay_rate=-.5), dict(recipe='onetrainer-2025', unmasked_weight=1.), dict(shard=True), dict(relative_step=True, lr=1e-3),
@@ -57,12 +60,12 @@ USELESS = [dict(gamma=1.), dict(stochastic_rounding=True), dict(warmup_init=True
 @pytest.mark.parametrize('options', USELESS, ids=lambda o: '-'.join(o))
 def test_an_option_without_effect_is_an_error(options):
     has = paper(train_sdxl)
-    with pytest.raises(ValueError, match='has no effect|shard'): settle_options(has | options, has)
+    with pytest.raises(ValueError, match='has no effect|shard'): resolve_config(has | options, has)
 
 def test_the_same_options_may_be_useful():
     has = paper(train_sdxl)
     for useful in (dict(gamma=1., loss_weight='min-snr'), dict(stochastic_rounding=True, dtype='bfloat16'), dict(warmup_init=True, relative_step=True),
-                   dict(recipe='onetrainer-2025', unmasked_weight=.5, normalize=True)): settle_options(has | useful, has)
+                   dict(recipe='onetrainer-2025', unmasked_weight=.5, normalize=True)): resolve_config(has | useful, has)
 
 # ---- what a kill costs
 
@@ -102,12 +105,12 @@ def test_killed_runs_end_as_whole_ones(kind, tmp_path):
     assert steps.step.tolist()==[*range(1, len(steps)+1)] and pd.read_json(out/'validation.jsonl', lines=True).step.is_unique
 
 def test_the_cache_changes_nothing(tmp_path):
-    for cache in (True, False): train_sdxl(TOY, FEW, tmp_path/str(cache)/'out', cache=cache, flip=.5, **SDXL)
+    for cache in (True, False): train_sdxl(TOY, FEW, tmp_path/str(cache)/'out', cache_latents=cache, flip_probability=.5, **SDXL)
     assert alike(tmp_path/'True'/'out', tmp_path/'False'/'out')
     kept = sorted((tmp_path/'True'/'latents').glob('*.safetensors'))
     assert kept and not (tmp_path/'False'/'latents').exists()
     times = [p.stat().st_mtime_ns for p in kept]
-    train_sdxl(TOY, FEW, tmp_path/'True'/'again', flip=.5, **SDXL)   # another run beside it encodes nothing
+    train_sdxl(TOY, FEW, tmp_path/'True'/'again', flip_probability=.5, **SDXL)   # another run beside it encodes nothing
     assert [p.stat().st_mtime_ns for p in kept]==times and alike(tmp_path/'True'/'out', tmp_path/'True'/'again')
 
 def test_a_weight_may_be_updated_as_soon_as_its_gradient_is_there(tmp_path):
@@ -176,13 +179,13 @@ def test_nothing_hangs_on_cells_of_eight_pixels(tmp_path):
 # ---- from the outside
 
 def test_a_folder_of_another_tools_user_is_enough(tmp_path):
-    write_layout(tmp_path/'films', TOY)
-    out = train_from(train_sdxl, 'elbowsynth.sdxl', ['--films', str(tmp_path/'films'), '--out', str(tmp_path/'out'), '--base', 'tiny-sdxl-random', '--size', '32', '--epochs', '1', '--every', '1',
+    write_onetrainer_folder(tmp_path/'films', TOY)
+    out = train_cli(train_sdxl, 'elbowsynth.diffusion.sdxl', ['--films', str(tmp_path/'films'), '--out', str(tmp_path/'out'), '--base', 'tiny-sdxl-random', '--size', '32', '--epochs', '1', '--every', '1',
                      '--boost_epochs', '0', '--steps', '1', '--recompute', 'false', '--device', 'cpu', '--lr', '1e-3', '--validate', '1'])
     train_sdxl(TOY, TOY, tmp_path/'direct', **SDXL)
     assert alike(tmp_path/'direct', tmp_path/'out') and {p.stem for p in (tmp_path/'out'/'samples'/'0001').glob('*.png')}==set(TOY.names)
-    with pytest.raises(SystemExit, match='give either --films'): train_from(train_sdxl, 'elbowsynth.sdxl', ['--out', 'x'])
-    assert set(paper(train_flux))<=set(vars(options_of(train_flux, 'x').parse_args(['--out', 'x'])))
+    with pytest.raises(SystemExit, match='give either --films'): train_cli(train_sdxl, 'elbowsynth.diffusion.sdxl', ['--out', 'x'])
+    assert set(paper(train_flux))<=set(vars(build_parser(train_flux, 'x').parse_args(['--out', 'x'])))
 
 def test_the_log_says_what_it_should(tmp_path):
     train_sdxl(TOY, FEW, tmp_path/'out', **dict(SDXL, unmasked_probability=.5, epochs=4))

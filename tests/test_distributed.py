@@ -5,7 +5,7 @@ import pytest, torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from conftest import ROOT, sh
-from elbowsynth.adafactor import Adafactor
+from elbowsynth.diffusion.adafactor import Adafactor
 
 RATE = 1e-3 # Of the trainings
 # Adding a number to all keys of an attention changes nothing, so this bias' gradient is zero but for the last bits, and Adafactor makes a whole step of whatever is there
@@ -103,7 +103,7 @@ def test_updates_in_the_backward_pass_are_the_same():
 def test_fused_by_a_compiler_is_the_same():
     for dtype,eps in ((torch.float32, 1e-7), (torch.bfloat16, 0)):
         plain, fused = bag(dtype), bag(dtype)
-        for net,fuse in ((plain, False), (fused, True)): steps(net, Adafactor(net.parameters(), 1e-2, stochastic_rounding=True, fuse=fuse), 4)
+        for net,fuse in ((plain, False), (fused, True)): steps(net, Adafactor(net.parameters(), 1e-2, stochastic_rounding=True, compile=fuse), 4)
         far = torch.cat([(p-q).abs().float().flatten() for p,q in zip(plain.parameters(), fused.parameters(), strict=True)])
         assert (far>eps).float().mean()<.01, far.max()                  # a sum in another order may round another way
 
@@ -111,12 +111,12 @@ def test_fused_by_a_compiler_is_the_same():
 
 def train(model, out, epochs=5, **more):
     "Five steps of a small model with every part in float64, recomputation included; a film of one test pair is drawn"
-    from elbowsynth.inpaint import toy_pairs
-    from elbowsynth.latents import Pairs
+    from elbowsynth.diffusion.latents import toy_data
+    from elbowsynth.diffusion.latents import InpaintDataset
     import importlib
-    pairs = toy_pairs(4)
+    pairs = toy_data(4)
     tune = getattr(importlib.import_module(f'elbowsynth.{model}'), f'train_{model}')
-    return tune(pairs, Pairs(*(o[:1] for o in pairs)), out, base=str(Path(out).parent/'base'), dtype='float64', vae_dtype='float64', epochs=epochs, every=5, boost_epochs=0, batch=4, lr=RATE, text_lr=RATE,
+    return tune(pairs, InpaintDataset(*(o[:1] for o in pairs)), out, base=str(Path(out).parent/'base'), dtype='float64', vae_dtype='float64', epochs=epochs, every=5, boost_epochs=0, batch=4, lr=RATE, text_lr=RATE,
                 steps=2, validate=0, unmasked_probability=.3, device='cpu', ema=.5, **more)
 
 def base_of(model, folder):

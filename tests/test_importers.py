@@ -5,9 +5,14 @@ import cv2, numpy as np, pandas as pd, pydicom, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from conftest import sh
 from elbowsynth.core import save_json
-from elbowsynth.data import BadLabels, read_image, read_labels, write_png
-from elbowsynth.importers import (dicom_fault, dicom_film, families, film_names, film_values, import_dicom, import_folder, import_fracatlas,
-                                  import_mura, import_png16, import_yolo, is_dicom, difference_hash, one_reading, png_bytes, shown_values, voi_table)
+from elbowsynth.data.labels import LabelsError, read_labels
+from elbowsynth.data.images import read_image, write_png
+from elbowsynth.data.dicom import (
+    apply_voi, dicom_error, display_pixels, import_dicom, is_dicom, match_single_term,
+    read_dicom_image, voi_table)
+from elbowsynth.data.importers import (
+    difference_hash, encode_png, import_folder, near_duplicate_groups, unique_names)
+from elbowsynth.data.public_datasets import import_fracatlas, import_mura, import_png16, import_yolo
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -46,7 +51,7 @@ def save(path, ds):
     return path
 
 def noise(seed, h=40, w=50, top=4096, dtype=np.uint16): return np.random.default_rng(seed).integers(0, top, (h, w)).astype(dtype)
-def values(ds, *a, **k): return film_values(ds, *a, **k)[0]
+def values(ds, *a, **k): return display_pixels(ds, *a, **k)[0]
 def files_of(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
 
 # ---------------------------------------------------------------- real radiographs
@@ -69,7 +74,7 @@ def test_real_radiographs(tmp_path):
 
 def test_lossless_and_plain_files_agree():
     for a, b in (('RG1_UNCR', 'RG1_J2KR'), ('RG3_UNCR', 'RG3_J2KR'), ('RG1_UNCI', 'RG1_J2KI')):
-        assert np.array_equal(*(dicom_film(real(f'{n}.dcm'))[0] for n in (a, b)))
+        assert np.array_equal(*(read_dicom_image(real(f'{n}.dcm'))[0] for n in (a, b)))
 
 def test_all_of_pydicoms_files_end_as_films_or_reasons(tmp_path):
     "CT, MR, ultrasound, reports, several frames, private or broken syntax: never a crash"
@@ -140,7 +145,7 @@ def test_voi_tables(bits, kind):
     lut.add_new('LUTData', kind, table.tolist() if kind=='US' else struct.pack('<1024H', *table.tolist()))
     ds.VOILUTSequence = [lut]
     by_hand = table[np.clip(ds.pixel_array.astype(int)-50, 0, 1023)]
-    assert np.array_equal(shown_values(ds)[0], by_hand)
+    assert np.array_equal(apply_voi(ds)[0], by_hand)
     assert np.array_equal(values(ds), np.rint(by_hand/((1<<bits)-1)*65535))
     if bits>8: assert np.array_equal(apply_voi_lut(ds.pixel_array, ds), by_hand)          # pydicom agrees where it can
 
@@ -191,13 +196,13 @@ def test_colour_stays_and_grey_in_three_channels_goes():
     tags = dict(PhotometricInterpretation='RGB', PlanarConfiguration=0, Modality='OT')
     assert np.array_equal(values(film(rgb, **tags)), rgb)
     assert values(film(rgb[..., :1].repeat(3, 2), **tags)).shape==(6, 6)
-    assert np.array_equal(cv2.imdecode(np.frombuffer(png_bytes(rgb), np.uint8), cv2.IMREAD_COLOR)[..., ::-1], rgb)
+    assert np.array_equal(cv2.imdecode(np.frombuffer(encode_png(rgb), np.uint8), cv2.IMREAD_COLOR)[..., ::-1], rgb)
 
 def test_windows_that_make_no_sense():
-    assert shown_values(film(noise(7), WindowCenter=100, WindowWidth=0))[3].startswith('range')
+    assert apply_voi(film(noise(7), WindowCenter=100, WindowWidth=0))[3].startswith('range')
     empty = film(noise(7))
     empty.WindowCenter = empty.WindowWidth = None
-    assert shown_values(empty)[3].startswith('range')
+    assert apply_voi(empty)[3].startswith('range')
 
 # ---------------------------------------------------------------- persons
 
@@ -248,7 +253,7 @@ def test_patient_numbers_say_nothing_and_stay(tmp_path):
     first = import_dicom(tmp_path/'in', tmp_path/'out').labels
     again = import_dicom(tmp_path/'in', tmp_path/'again').labels
     assert first.equals(again) and sorted(first.patient)==[f'P000{k}' for k in range(1, 6)]
-    order = [first.patient[first.sha256==hashlib.sha256(png_bytes(dicom_film(tmp_path/'in'/w)[0])).hexdigest()].item() for w in ('Aaa', 'Bbb', 'Ccc', 'Ddd', 'Eee')]
+    order = [first.patient[first.sha256==hashlib.sha256(encode_png(read_dicom_image(tmp_path/'in'/w)[0])).hexdigest()].item() for w in ('Aaa', 'Bbb', 'Ccc', 'Ddd', 'Eee')]
     assert order!=sorted(order), 'not in the order of names'
 
 def test_patients_that_share_or_lack_a_number(tmp_path):
@@ -261,7 +266,7 @@ def test_patients_that_share_or_lack_a_number(tmp_path):
 
 def test_free_text_is_read_for_words_only():
     words = {'ap': 'AP', 'lat': 'LAT'}
-    assert [one_reading(t, words) for t in (['Elbow AP'], ['Elbow AP/LAT'], ['Elbow AP/LAT', 'lat'], ['lateness'], [None, ''])]==['AP', '', 'LAT', '', '']
+    assert [match_single_term(t, words) for t in (['Elbow AP'], ['Elbow AP/LAT'], ['Elbow AP/LAT', 'lat'], ['lateness'], [None, ''])]==['AP', '', 'LAT', '', '']
 
 # ---------------------------------------------------------------- trees that make trouble
 
@@ -291,7 +296,7 @@ def test_wrong_headers_are_reasons(tmp_path, wrong, reason):
 def test_presentation_state_without_picture():
     ds = film(noise(1), Modality='PR', SOPClassUID='1.2.840.10008.5.1.4.1.1.11.1')
     del ds.PixelData
-    assert dicom_fault(ds).startswith('no picture: Grayscale Softcopy Presentation State')
+    assert dicom_error(ds).startswith('no picture: Grayscale Softcopy Presentation State')
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
@@ -301,7 +306,7 @@ def test_damaged_files_never_crash(tmp_path_factory, data):
     raw = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 12))): raw[data.draw(st.integers(132, len(raw)-1))] = data.draw(st.integers(0, 255))
     path.write_bytes(raw[:data.draw(st.integers(100, len(raw)))])
-    try: dicom_film(path)
+    try: read_dicom_image(path)
     except ValueError as e: assert not re.search('Zweifel|KH-77|1971|1\\.2\\.826', str(e)), e
 
 def test_nothing_to_import(tmp_path):
@@ -328,7 +333,7 @@ def test_names_and_links_that_lead_out(tmp_path):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.text('aA1._-/ \u00e4\u5c71', min_size=1, max_size=12).map(lambda t: t.strip('/')+'.png'), min_size=1, max_size=8, unique=True))
 def test_film_names_are_plain_and_different(files):
-    names = film_names(files)
+    names = unique_names(files)
     assert len({n.lower() for n in names})==len(files) and all(re.fullmatch(r'[A-Za-z0-9._-]+', n) and n[0] not in '.' for n in names)
 
 def test_originals_stay_and_running_again_changes_nothing(tmp_path):
@@ -346,8 +351,8 @@ def test_originals_stay_and_running_again_changes_nothing(tmp_path):
 
 def test_a_kill_in_between_leaves_a_folder_that_can_go_on(tmp_path, monkeypatch):
     for k in range(3): write_png(tmp_path/'in'/f'{k}.png', noise(k, top=255, dtype=np.uint8))
-    import elbowsynth.importers as module
-    real_bytes, count = module.keep_bytes, [0]
+    import elbowsynth.data.importers as module
+    real_bytes, count = module.write_if_changed, [0]
     def dies(path, raw):
         count[0] += 1
         if count[0]==3: raise KeyboardInterrupt
@@ -397,7 +402,7 @@ def test_tables_that_contradict_themselves(tmp_path):
 def test_missing_view_is_a_fault_until_it_is_filled_in(tmp_path):
     write_png(tmp_path/'in'/'a.png', noise(1))
     import_folder(tmp_path/'in', tmp_path/'out')
-    with pytest.raises(BadLabels): read_labels(tmp_path/'out')
+    with pytest.raises(LabelsError): read_labels(tmp_path/'out')
     (tmp_path/'fill.csv').write_text((tmp_path/'out'/'to_fill.csv').read_text().replace('a.png,,,', 'a.png,lateral,right,Joint effusion'))
     import_folder(tmp_path/'in', tmp_path/'out', overrides=tmp_path/'fill.csv')
     assert read_labels(tmp_path/'out')[['view', 'side', 'pathology']].values.tolist()==[['LAT', 'R', 'joint effusion']]
@@ -445,11 +450,11 @@ def test_png16_keeps_every_bit(tmp_path):
 # ---------------------------------------------------------------- groups
 
 def test_near_copies_are_linked_and_films_are_not():
-    from elbowsynth.phantom import phantom
+    from elbowsynth.phantom.phantom import phantom
     films = [phantom('AP' if k%2 else 'LAT', ['normal' if k%3 else 'joint effusion'], side='L', age=4+3*k, seed=100+k, size=192).image for k in range(20)]
     def worse(a): return cv2.imdecode(cv2.imencode('.jpg', cv2.resize((a*.85+15).astype(np.uint8), (140, 140), interpolation=cv2.INTER_AREA), [1, 60])[1], 0)
     looks = np.array([difference_hash(a) for a in films]+[difference_hash(worse(a)) for a in films])
-    found = families([str(k) for k in range(40)], looks)
+    found = near_duplicate_groups([str(k) for k in range(40)], looks)
     assert found==[str(k) for k in range(20)]*2
     deep = [difference_hash(a.astype(np.uint16)*257) for a in films]
     assert np.array_equal(deep, looks[:20])
@@ -459,7 +464,7 @@ def test_near_copies_are_linked_and_films_are_not():
 def test_families_are_what_links_connect(stems, seed):
     rng = np.random.default_rng(seed)
     looks = rng.integers(0, 256, (3, 31), dtype=np.uint8)[rng.integers(0, 3, len(stems))]
-    found = families(list(stems), looks)
+    found = near_duplicate_groups(list(stems), looks)
     near = lambda i, j: stems[i]==stems[j] or np.array_equal(looks[i], looks[j])
     reach = np.array([[near(i, j) for j in range(len(stems))] for i in range(len(stems))])
     for _ in stems: reach = reach@reach
@@ -468,11 +473,11 @@ def test_families_are_what_links_connect(stems, seed):
 # ---------------------------------------------------------------- the command
 
 def test_command(tmp_path, monkeypatch, capsys):
-    import elbowsynth.importers as module
+    import elbowsynth.data.importers as module
     mura(tmp_path/'MURA-v1.1')
-    done = sh(sys.executable, '-m', 'elbowsynth.importers', 'mura', tmp_path/'MURA-v1.1', tmp_path/'out', '--view', 'lateral', '--side', 'left')
+    done = sh(sys.executable, '-m', 'elbowsynth.data.importers', 'mura', tmp_path/'MURA-v1.1', tmp_path/'out', '--view', 'lateral', '--side', 'left')
     assert '3 films of 3 patients' in done.stdout and 'still missing: pathology of 1' in done.stdout
-    done = sh(sys.executable, '-m', 'elbowsynth.importers', 'dicom', tmp_path/'MURA-v1.1', tmp_path/'o', check=False)
+    done = sh(sys.executable, '-m', 'elbowsynth.data.importers', 'dicom', tmp_path/'MURA-v1.1', tmp_path/'o', check=False)
     assert done.returncode==1 and '3 x no DICOM file' in done.stderr and 'Traceback' not in done.stderr
 
     def command(*words):
@@ -501,6 +506,6 @@ def test_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform!='linux', reason='elsewhere file names are always text')
 def test_file_names_that_are_no_text(tmp_path):
     (tmp_path/'in').mkdir()
-    for n in (b'h\xe4kchen.png', b'kaputt\xe4.png'): (tmp_path/'in'/os.fsdecode(n)).write_bytes(png_bytes(noise(1)) if n.startswith(b'h') else b'')
+    for n in (b'h\xe4kchen.png', b'kaputt\xe4.png'): (tmp_path/'in'/os.fsdecode(n)).write_bytes(encode_png(noise(1)) if n.startswith(b'h') else b'')
     got = import_folder(tmp_path/'in', tmp_path/'out')
     assert got.labels.file.tolist()==['h_kchen.png'] and 'kaputt?.png' in (tmp_path/'out'/'rejects.csv').read_text()

@@ -5,13 +5,16 @@ import torchmetrics.functional.image as tm
 from conftest import sh
 from skimage.metrics import structural_similarity
 from sklearn.metrics.pairwise import pairwise_distances, polynomial_kernel, rbf_kernel
-from elbowsynth import metrics
-from elbowsynth.data import write_png
-from elbowsynth.extractors import features, kept_features, state_dict
-from elbowsynth.floors import load_autoencoders, region_masks, round_trip
-from elbowsynth.metrics import (MMD_CONVENTIONS, MS_SSIM_CONVENTIONS, SSIM_CONVENTIONS, kernel_sums, kid, mmd2, ms_ssim, multiplied, pair_scores, prdc, scale_means, score_run,
-                                similarity_maps, ssim, vendi)
-from elbowsynth.stats import run_statistics
+from elbowsynth.evaluation import metrics
+from elbowsynth.data.images import write_png
+from elbowsynth.evaluation.extractors import cached_features, features, state_dict
+from elbowsynth.evaluation.baselines import load_autoencoders, region_masks, vae_reconstruct
+from elbowsynth.evaluation.mmd import kernel_sums, kid, mmd2, MMD_CONVENTIONS, prdc, vendi
+from elbowsynth.evaluation.ssim import (
+    combine_scales, ms_ssim, MS_SSIM_CONVENTIONS, pair_scores, scale_statistics, ssim,
+    SSIM_CONVENTIONS, ssim_maps)
+from elbowsynth.evaluation.metrics import score_run
+from elbowsynth.evaluation.run_statistics import run_statistics
 
 LITE = 'efficientnet_lite0'
 
@@ -88,25 +91,25 @@ def test_sums_of_shifted_tensors_are_those_of_opencv():
     x,y = stacks(193, 200, float)
     tx,ty = torch.tensor(x), torch.tensor(y)
     for o in SSIM_CONVENTIONS.values():
-        ours = np.stack([similarity_maps(a, b, o['window'], o['reflect'], o['sample'])[0].mean() for a,b in zip(x, y)])
-        assert np.abs(similarity_maps(tx, ty, o['window'], o['reflect'], o['sample'])[0].mean((1, 2)).numpy()-ours).max()<1e-9
+        ours = np.stack([ssim_maps(a, b, o['window'], o['reflect'], o['sample'])[0].mean() for a,b in zip(x, y)])
+        assert np.abs(ssim_maps(tx, ty, o['window'], o['reflect'], o['sample'])[0].mean((1, 2)).numpy()-ours).max()<1e-9
     for o in MS_SSIM_CONVENTIONS.values():
         m = np.random.default_rng(0).random(x.shape)
-        planes = np.stack([scale_means(a, b, [c], o) for a,b,c in zip(x, y, m)])
-        assert np.abs(scale_means(tx, ty, [torch.tensor(m)], o).numpy()-planes).max()<1e-9
+        planes = np.stack([scale_statistics(a, b, [c], o) for a,b,c in zip(x, y, m)])
+        assert np.abs(scale_statistics(tx, ty, [torch.tensor(m)], o).numpy()-planes).max()<1e-9
     masks = {'half': (np.arange(200)<100)*np.ones_like(x)}
-    meta = metrics.each_pair
+    meta = metrics.map_pairs
     on_cpu = pair_scores(x, y, masks)
     try:                                                            # the branch of a GPU, with its stacks left where they are
-        metrics.each_pair = lambda f,s,device='cpu',batch=4: np.concatenate([f(*(o[i:i+batch] for o in s)).numpy() for i in range(0, len(s[0]), batch)])
+        metrics.map_pairs = lambda f,s,device='cpu',batch=4: np.concatenate([f(*(o[i:i+batch] for o in s)).numpy() for i in range(0, len(s[0]), batch)])
         stacked = pair_scores(x, y, masks)
-    finally: metrics.each_pair = meta
+    finally: metrics.map_pairs = meta
     pd.testing.assert_frame_equal(on_cpu, stacked, atol=1e-9, rtol=0)
 
 def test_a_negative_scale_counts_as_zero():
     x,y = (o[2:3] for o in stacks(200, 200, float))                 # inverted
     assert ms_ssim(x, y)[0]==0 and ssim(x, y)[0]<0
-    assert multiplied(np.array([1., 1, 1, 1, 1]))==1
+    assert combine_scales(np.array([1., 1, 1, 1, 1]))==1
 
 @pytest.mark.parametrize('spoil,words', [(lambda a: a*255, 'film 2 of y reaches from 0'), (lambda a: a-.5, 'film 2 of y reaches from -0.5'), (lambda a: a*np.nan, 'film 2 of y holds NaN')])
 def test_the_message_names_the_film(spoil, words):
@@ -158,7 +161,7 @@ def test_mmd_is_that_of_sklearn(convention, m, n):
 def test_kernel_sums_leave_nothing_out():
     fx,fy = vectors(41, 30)
     for c in MMD_CONVENTIONS:
-        a, b = kernel_sums(fx, fy, c), kernel_sums(fx, fy, c, block=8)
+        a, b = kernel_sums(fx, fy, c), kernel_sums(fx, fy, c, block_size=8)
         for k in a: assert np.allclose(a[k], b[k], atol=1e-9)
         assert np.isclose(a['xy'].sum(), a['yx'].sum())
 
@@ -166,7 +169,7 @@ def test_kid_is_that_of_torchmetrics():
     from torchmetrics.image.kid import poly_mmd
     fx,fy = vectors(60, 60)
     assert abs(kid(fx, fy)-float(poly_mmd(torch.tensor(fx), torch.tensor(fy))))<1e-6
-    assert np.isfinite(kid(fx[:9], fy, subset=1000, subsets=3))     # where torchmetrics stops: a subset larger than the set
+    assert np.isfinite(kid(fx[:9], fy, subset_size=1000, n_subsets=3))     # where torchmetrics stops: a subset larger than the set
 
 def test_prdc_by_brute_force():
     from sklearn.neighbors import NearestNeighbors
@@ -201,12 +204,12 @@ def test_weights_that_cannot_be_had_are_an_error(monkeypatch):
 
 def test_vectors_are_kept_by_content(tmp_path):
     films = np.random.default_rng(0).integers(0, 256, (2, 40, 40), np.uint8)
-    first = kept_features(films, LITE, tmp_path)
+    first = cached_features(films, LITE, tmp_path)
     paths = sorted(tmp_path.iterdir())
     np.save(paths[0], np.zeros(1280, np.float32))                   # whoever is kept is believed
-    assert (kept_features(films, LITE, tmp_path)==0).all(1).sum()==1
+    assert (cached_features(films, LITE, tmp_path)==0).all(1).sum()==1
     assert len(set(tmp_path.iterdir()))==2
-    kept_features(films[:, :39], LITE, tmp_path)
+    cached_features(films[:, :39], LITE, tmp_path)
     assert len(set(tmp_path.iterdir()))==4 and first.shape==(2, 1280)
 
 def test_an_autoencoder_of_diffusers_goes_there_and_back(tmp_path):
@@ -215,8 +218,8 @@ def test_an_autoencoder_of_diffusers_goes_there_and_back(tmp_path):
     AutoencoderKL(block_out_channels=(4, 4), down_block_types=['DownEncoderBlock2D']*2, up_block_types=['UpDecoderBlock2D']*2, norm_num_groups=2).save_pretrained(tmp_path/'base'/'vae')
     vae = load_autoencoders([f'toy={tmp_path}/base'], 'cpu')['toy']
     films, white = np.random.default_rng(0).integers(0, 256, (2, 2, 32, 32), np.uint8)
-    back = round_trip(films, vae, white)
-    assert (back==round_trip(films, vae, white)).all() and (back[white<=127]==films[white<=127]).all() and (back!=films).any()
+    back = vae_reconstruct(films, vae, white)
+    assert (back==vae_reconstruct(films, vae, white)).all() and (back[white<=127]==films[white<=127]).all() and (back!=films).any()
 
 def test_the_autoencoder_of_a_base_that_was_fetched_is_found_by_name(tmp_path):
     from diffusers import AutoencoderKL
@@ -224,7 +227,7 @@ def test_the_autoencoder_of_a_base_that_was_fetched_is_found_by_name(tmp_path):
     AutoencoderKL(block_out_channels=(4, 4), down_block_types=['DownEncoderBlock2D']*2, up_block_types=['UpDecoderBlock2D']*2, norm_num_groups=2).save_pretrained(kept/'snapshots'/('0'*40)/'vae')
     (kept/'refs').mkdir()
     (kept/'refs'/'main').write_text('0'*40)
-    ask = "from elbowsynth.floors import load_autoencoders; print(load_autoencoders(['toy=some/{}'], 'cpu'))"
+    ask = "from elbowsynth.evaluation.baselines import load_autoencoders; print(load_autoencoders(['toy=some/{}'], 'cpu'))"
     assert 'AutoencoderKL' in sh(sys.executable, '-c', ask.format('base'), HF_HUB_CACHE=str(tmp_path/'hub')).stdout
     refused = sh(sys.executable, '-c', ask.format('other'), check=False, HF_HUB_CACHE=str(tmp_path/'hub')).stderr
     assert "autoencoder 'toy=some/other'" in refused and 'Write NAME=BASE' in refused
@@ -286,7 +289,7 @@ def test_floors_and_sets(run):
     assert set(sets.metric)=={'mmd2', 'precision', 'recall', 'density', 'coverage', 'vendi', 'vendi_real'} and set(sets.convention[sets.metric=='mmd2'])==set(MMD_CONVENTIONS)
     assert sets.value.notna().all()
     kept = np.load(run/'metrics'/'epochs'/'gan_samples_0010.npy')
-    fx = np.concatenate([kept_features(cv2.imread(str(run/'images'/f'f{i}.png'), 0)[None], LITE, run/'metrics'/'features') for i in range(20)])
+    fx = np.concatenate([cached_features(cv2.imread(str(run/'images'/f'f{i}.png'), 0)[None], LITE, run/'metrics'/'features') for i in range(20)])
     row = sets[(sets.model=='gan') & (sets.metric=='mmd2') & (sets.convention=='KID')].value.iloc[0]
     assert kid(fx, kept)==pytest.approx(row, rel=1e-4)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, sh
-from elbowsynth.core import stages
-from elbowsynth.run import imported
+from elbowsynth.stages import stages
+from elbowsynth.run import imported_modules
 
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 LIBRARY = sorted(p for p in (ROOT/'elbowsynth').glob('*.py') if not p.name.startswith('_'))
@@ -123,9 +123,9 @@ IMPORTS = {'core': '', 'data': 'core', 'anatomy': 'data', 'phantom': 'core data 
 
 def test_imports_go_one_way():
     for p in LIBRARY:
-        found = imported(p.read_text())
+        found = imported_modules(p.read_text())
         assert found<=set(IMPORTS[p.stem].split()), f'{p.stem} imports {found-set(IMPORTS[p.stem].split())}'
-    assert imported((ROOT/'elbowsynth'/'tac_gan.py').read_text())>={'ac_gan', 'gan', 'training'}            # it does see them
+    assert imported_modules((ROOT/'elbowsynth'/'tac_gan.py').read_text())>={'ac_gan', 'gan', 'training'}            # it does see them
 
 def test_ruff():
     sh('ruff', 'check', '--no-cache', '--isolated', '--select', 'F821,F401', '--per-file-ignores', '_modidx.py:F401', 'elbowsynth')

@@ -19,8 +19,8 @@ def test_make_lists_its_commands(tmp_path):
     assert '--profile "smoke" --data "my films" --run "" --set \'epochs=3 lr=1e-4\'' in plan                # what is set in the shell does not count
 
 def test_readme_example_is_accepted():
-    from elbowsynth.run import plan, spelled
+    from elbowsynth.run import plan, split_settings
     import re
     text = re.search(r'`SET="([^"]+)"`', (ROOT/'README.md').read_text())[1]
-    jobs = {j.name: j.values for j in plan('demo', settings=spelled(text))[1]}
+    jobs = {j.name: j.values for j in plan('demo', settings=split_settings(text))[1]}
     assert jobs['wgan_gp']['lr']==1e-4 and jobs['sdxl']['epochs']==10

@@ -4,8 +4,15 @@ from collections import Counter
 import cv2
 import numpy as np
 import pytest
-from elbowsynth.data import PATHOLOGIES, REGIONS, TABLE3, VIEWS, read_image, read_labels, region_of
-from elbowsynth.phantom import NUISANCES, casebook, collimated, dealt_films, passing, phantom, told, write_films
+from elbowsynth.data.classes import PATHOLOGIES, region_of, REGIONS, VIEWS
+from elbowsynth.paper import TABLE3
+from elbowsynth.data.images import read_image
+from elbowsynth.data.labels import read_labels
+from elbowsynth.phantom.phantom import (
+    ARTIFACTS, phantom, phantom_dataset_plan, read_ground_truth, sample_diagnoses,
+    write_phantom_dataset)
+from elbowsynth.phantom.artifacts import collimate
+from elbowsynth.phantom.exposure import transmission
 from conftest import ROOT
 
 POINTS = {'olecranon fracture': 'olecranon', 'radial head fracture': 'radial head', 'radial head subluxation': 'radial head', 'joint effusion': 'capitellum',
@@ -16,7 +23,7 @@ def digest(made):
     parts = [made.image, made.bones, made.overlay, *made.masks.values()]
     return hashlib.sha256(b''.join(np.ascontiguousarray(o).tobytes() for o in parts)+repr((made.landmarks, made.lines, made.field, made.marker)).encode()).hexdigest()
 
-ASKED = [('AP', ['normal'], 'L', 30, 1, 96, ()), ('LAT', ['supracondylar fracture', 'joint effusion'], 'R', 6, 2, 128, NUISANCES)]
+ASKED = [('AP', ['normal'], 'L', 30, 1, 96, ()), ('LAT', ['supracondylar fracture', 'joint effusion'], 'R', 6, 2, 128, ARTIFACTS)]
 
 def test_other_processes_make_the_same_bytes():
     code = f'import sys; sys.path.insert(0, {str(ROOT/"tests")!r})\nfrom test_phantom import *\nprint(*[digest(phantom(*a)) for a in ASKED])'
@@ -66,7 +73,7 @@ def test_masks_are_wavering_and_hold_background():
 @pytest.mark.parametrize('ink', ['overlay', 'coloured overlay'])
 def test_the_overlay_is_what_differs(ink):
     for seed in range(6):
-        others = [n for n in NUISANCES[:5] if (seed+len(n))%3==0]
+        others = [n for n in ARTIFACTS[:5] if (seed+len(n))%3==0]
         plain, noted = (phantom('AP', ['normal'], 'R', 30, seed, 200, n) for n in (others, others+[ink]))
         image = noted.image if noted.image.ndim==3 else np.repeat(noted.image[..., None], 3, 2)
         assert (noted.image.ndim==3)==(ink=='coloured overlay')
@@ -75,15 +82,15 @@ def test_the_overlay_is_what_differs(ink):
         assert plain.field==noted.field and plain.marker==noted.marker
 
 def test_colour_is_there_only_when_asked_for():
-    for seed in range(8): assert np.ptp(phantom('AP', ['normal'], seed=seed, size=96, nuisances=['coloured overlay']).image, axis=2).max()>60
+    for seed in range(8): assert np.ptp(phantom('AP', ['normal'], seed=seed, size=96, artifacts=['coloured overlay']).image, axis=2).max()>60
 
 def test_the_field_holds_what_was_exposed():
     for seed in range(30):
-        opening, shutter, (t, l, b, r) = collimated(120, (10, 15, 110, 100), np.random.default_rng(seed))
+        opening, shutter, (t, l, b, r) = collimate(120, (10, 15, 110, 100), np.random.default_rng(seed))
         lit = opening>.5
         assert lit[t:b, l:r].sum()==lit.sum() and lit[t].any() and lit[b-1].any() and lit[:, l].any() and lit[:, r-1].any()
     for seed in range(8):
-        made = phantom('AP', ['normal'], seed=seed, size=200, nuisances=['padding'])
+        made = phantom('AP', ['normal'], seed=seed, size=200, artifacts=['padding'])
         t, l, b, r = made.field
         out = np.ones(made.image.shape, bool)
         out[t:b, l:r] = False
@@ -100,14 +107,14 @@ def test_the_letter_lies_in_the_field_and_shows():
 def test_an_inverted_film_is_dark_where_bone_is():
     for seed in range(6):
         for view in VIEWS:
-            plain, inverted = (phantom(view, ['normal'], seed=seed, size=128, nuisances=n) for n in ([], ['inversion']))
+            plain, inverted = (phantom(view, ['normal'], seed=seed, size=128, artifacts=n) for n in ([], ['inversion']))
             assert plain.inverted is False and inverted.inverted is True
             assert plain.image[plain.bones>0].mean()>plain.image[plain.bones==0].mean()+40
             assert inverted.image[plain.bones>0].mean()<inverted.image[plain.bones==0].mean()-40
 
 def test_bones_show_whatever_befell_the_film():
     for seed in range(40):
-        made = phantom(VIEWS[seed%2], [PATHOLOGIES[seed%14]], 'L', [4, 9, 50][seed%3], seed, 128, [n for n in NUISANCES if (seed*7+len(n))%3 and n!='coloured overlay'])
+        made = phantom(VIEWS[seed%2], [PATHOLOGIES[seed%14]], 'L', [4, 9, 50][seed%3], seed, 128, [n for n in ARTIFACTS if (seed*7+len(n))%3 and n!='coloured overlay'])
         t, l, b, r = made.field
         shown, bones = made.image[t:b, l:r].astype(int), made.bones[t:b, l:r]>0
         bright = np.median(255-shown[bones] if made.inverted else shown[bones])
@@ -122,10 +129,10 @@ def test_severity_does_not_hang_on_the_film():
 def test_beer_and_lambert():
     rng = np.random.default_rng(0)
     bone, soft = rng.random(100).astype(np.float32)*3, rng.random(100).astype(np.float32)*10
-    assert (passing(bone, soft)<=passing(0*bone, soft)+1e-6).all() and (passing(bone, soft)>=passing(bone, 0*soft)*passing(0*bone, soft)-1e-6).all()   # hardening
+    assert (transmission(bone, soft)<=transmission(0*bone, soft)+1e-6).all() and (transmission(bone, soft)>=transmission(bone, 0*soft)*transmission(0*bone, soft)-1e-6).all()   # hardening
 
 def test_pathologies_co_occur_as_table_3_says():
-    cases = casebook(2783)                                            # as many as films in the paper
+    cases = sample_diagnoses(2783)                                            # as many as films in the paper
     count = Counter(sum(cases, []))
     assert sum(count.values())==3017 and all(abs(count[p]-sum(n))<=1 for p, n in TABLE3.items()), count
     together = [c for c in cases if len(c)>1]
@@ -135,37 +142,37 @@ def test_pathologies_co_occur_as_table_3_says():
 
 @pytest.mark.parametrize('n', [20, 21, 60, 61, 150])
 def test_masks_of_normal_films_go_evenly_over_the_regions(n):
-    films = [f for f in dealt_films(n) if f['pathologies']==['normal']]
+    films = [f for f in phantom_dataset_plan(n) if f['pathologies']==['normal']]
     for view in (*VIEWS, None):
         count = [sum(f['region']==r for f in films if view in (f['view'], None)) for r in REGIONS]
         assert max(count)-min(count)<=1, count
 
 def test_a_folder_holds_all_the_truth(tmp_path):
-    table = write_films(tmp_path, 16, 64)
+    table = write_phantom_dataset(tmp_path, 16, 64)
     assert read_labels(tmp_path).file.tolist()==table.file.tolist()
     truth = [json.loads(l) for l in (tmp_path/'truth.jsonl').read_text().splitlines()]
     assert [t['file'] for t in truth]==list(dict.fromkeys(table.file))
     for t, r in zip(truth, table.drop_duplicates('file').itertuples()):
-        assert (t['view'], t['side'], t['age'])==(r.view, r.side, r.age) and set(t['nuisances'])<=set(NUISANCES)
+        assert (t['view'], t['side'], t['age'])==(r.view, r.side, r.age) and set(t['nuisances'])<=set(ARTIFACTS)
         t0, l0, b0, r0 = t['field']
         assert 0<=t0<b0<=64 and 0<=l0<r0<=64
         assert set(np.unique(read_image(tmp_path/'bones'/r.file)))<={0, 1, 2, 3} and read_image(tmp_path/r.mask).shape==(64, 64)
     assert {region_of(p) for p in table.pathology}=={*REGIONS, None}
 
 def test_a_killed_run_goes_on_and_ends_alike(tmp_path):
-    write_films(tmp_path/'a', 5, 48)
-    write_films(tmp_path/'b', 5, 48)
+    write_phantom_dataset(tmp_path/'a', 5, 48)
+    write_phantom_dataset(tmp_path/'b', 5, 48)
     journal = tmp_path/'b'/'truth.jsonl'
     journal.write_text(journal.read_text()[:len(journal.read_text())//2])   # as a kill may leave it
     (tmp_path/'b'/'labels.csv').unlink()
-    write_films(tmp_path/'b', 5, 48)
+    write_phantom_dataset(tmp_path/'b', 5, 48)
     files = [{p.relative_to(d): p.read_bytes() for p in d.rglob('*') if p.is_file()} for d in (tmp_path/'a', tmp_path/'b')]
     assert files[0]==files[1]
-    assert len(told(tmp_path/'a'/'truth.jsonl'))==10
+    assert len(read_ground_truth(tmp_path/'a'/'truth.jsonl'))==10
 
 def test_few_mishaps_or_none(tmp_path):
-    assert all(not f['nuisances'] for f in dealt_films(30, nuisances=0))
-    natural, hostile = (sum(len(f['nuisances']) for f in dealt_films(60, nuisances=k)) for k in (1., 2.))
+    assert all(not f['nuisances'] for f in phantom_dataset_plan(30, artifacts=0))
+    natural, hostile = (sum(len(f['nuisances']) for f in phantom_dataset_plan(60, artifacts=k)) for k in (1., 2.))
     assert 60<natural<hostile
 
 def test_a_film_takes_no_longer_than_a_few_dozen_blurs():

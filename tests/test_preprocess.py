@@ -4,11 +4,14 @@ from pathlib import Path
 import cv2, numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from elbowsynth.core import root, spread
-from elbowsynth.data import PATHOLOGIES, read_image
-from elbowsynth.phantom import NUISANCES, phantom
-from elbowsynth.preprocess import (Geometry, clahe, crop_padding, fix_polarity, frame, from_square, full_range, grey_of, in_square, preprocess, preprocess_folder,
-                                   remove_overlay, to_film, to_square, wrong_edges)
+from elbowsynth.core import parallel_map, root
+from elbowsynth.data.classes import PATHOLOGIES
+from elbowsynth.data.images import read_image
+from elbowsynth.phantom.phantom import ARTIFACTS, phantom
+from elbowsynth.data.preprocess import (
+    clahe, crop_errors, crop_padding, CropGeometry, fix_polarity, from_square, original_to_square,
+    preprocess, preprocess_folder, remove_overlay, square_frame, square_to_original,
+    stretch_contrast, to_grayscale, to_square)
 
 REAL = root().parent/'shared'/'radiographs'
 real = pytest.mark.skipif(not REAL.is_dir(), reason='the two real films lie beside the checkout of those who have them')
@@ -20,21 +23,21 @@ real = pytest.mark.skipif(not REAL.is_dir(), reason='the two real films lie besi
 def geometries(draw):
     h,w = draw(st.integers(40, 2500)), draw(st.integers(40, 2500))
     t,l = draw(st.integers(0, h//3)), draw(st.integers(0, w//3))
-    return Geometry(h, w, t, l, draw(st.integers(t+h//3, h)), draw(st.integers(l+w//3, w)), draw(st.sampled_from(['stretch', 'pad'])))
+    return CropGeometry(h, w, t, l, draw(st.integers(t+h//3, h)), draw(st.integers(l+w//3, w)), draw(st.sampled_from(['stretch', 'pad'])))
 
 @given(geometries(), st.integers(32, 1024), st.floats(0, 1), st.floats(0, 1))
 def test_points_go_there_and_back(g, size, u, v):
     film = np.array([[g.left+u*(g.right-g.left), g.top+v*(g.bottom-g.top)]])
-    square = in_square(film, g, size)
+    square = original_to_square(film, g, size)
     assert np.all((square>=-1e-6) & (square<=size+1e-6)), 'what was kept lies in the square'
-    assert np.allclose(to_film(square, g, size), film, atol=1e-6)
-    assert np.allclose(in_square(to_film([[u*size, v*size]], g, size), g, size), [[u*size, v*size]], atol=1e-6)
+    assert np.allclose(square_to_original(square, g, size), film, atol=1e-6)
+    assert np.allclose(original_to_square(square_to_original([[u*size, v*size]], g, size), g, size), [[u*size, v*size]], atol=1e-6)
 
 @settings(max_examples=40, deadline=None)
 @given(geometries(), st.floats(.2, .8), st.floats(.2, .8), st.sampled_from([256, 512, 1024]))
 def test_masks_go_there_and_back(g, u, v, size):
     "Within a pixel of whichever is coarser, the film or the square"
-    t,l,b,r = frame(g)
+    t,l,b,r = square_frame(g)
     pixel = max(1, (b-t)/size, (r-l)/size)
     x, y = int(g.left+u*(g.right-g.left)), int(g.top+v*(g.bottom-g.top))
     rx, ry = max(4, int(.12*(g.right-g.left))), max(4, int(.12*(g.bottom-g.top)))
@@ -45,7 +48,7 @@ def test_masks_go_there_and_back(g, u, v, size):
     box = lambda m: np.array([f(np.flatnonzero(m.any(a))) for a in (1, 0) for f in (np.min, np.max)])
     assert np.abs(box(mask)-box(again)).max()<=pixel
     ys,xs = np.nonzero(square)
-    corners = to_film([[xs.min(), ys.min()], [xs.max()+1, ys.max()+1]], g, size)
+    corners = square_to_original([[xs.min(), ys.min()], [xs.max()+1, ys.max()+1]], g, size)
     assert np.abs(corners.ravel()[[1, 3, 0, 2]]-(box(mask)+[0, 1, 0, 1])).max()<=pixel
 
 
@@ -56,15 +59,15 @@ def found(film):
     done, (bare, ink) = preprocess(film.image, 256), remove_overlay(film.image)
     g, grown = done.geometry, cv2.dilate(film.overlay.astype(np.uint8), np.ones((5, 5)))>0
     t,l,b,r = film.marker
-    return {'polarity': done.report['inverted']!=film.inverted, 'crop': ' '.join(wrong_edges(grey_of(bare), (g.top, g.left, g.bottom, g.right), film.field, grown)),
+    return {'polarity': done.report['inverted']!=film.inverted, 'crop': ' '.join(crop_errors(to_grayscale(bare), (g.top, g.left, g.bottom, g.right), film.field, grown)),
             'written': float((ink & film.overlay).sum()/max(1, film.overlay.sum())), 'letter': bool((ink & ~grown)[t:b, l:r].mean()>.1), 'seed': film.seed}
 
 def test_polarity_and_crop_are_right_on_99_of_100():
     def one(i):
-        nuisances = [o for o in NUISANCES if o!='coloured overlay' or i%2]
+        nuisances = [o for o in ARTIFACTS if o!='coloured overlay' or i%2]
         age = float(np.random.default_rng([i, 7]).uniform(2, 70))
-        return found(phantom(('AP', 'LAT')[i%2], [PATHOLOGIES[i%14]], 'LR'[i%3>0], age=age, seed=30_000+i, size=512, nuisances=nuisances))
-    films = pd.DataFrame(list(spread(one, range(500))))
+        return found(phantom(('AP', 'LAT')[i%2], [PATHOLOGIES[i%14]], 'LR'[i%3>0], age=age, seed=30_000+i, size=512, artifacts=nuisances))
+    films = pd.DataFrame(list(parallel_map(one, range(500))))
     wrong = films[films.polarity | (films.crop!='')]
     assert len(wrong)<=5, wrong.to_string()
     assert films.written.mean()>.8, 'writing is left'
@@ -87,7 +90,7 @@ def versions(image):
 @real
 @pytest.mark.parametrize('name,field', [('AP', (0, 4, 1908, 1536)), ('LAT', (59, 0, 1920, 1516))])   # by eye
 def test_real_films(name, field):
-    image = grey_of(read_image(REAL/f'008_{name}.png'))
+    image = to_grayscale(read_image(REAL/f'008_{name}.png'))
     for film,negative,(down,right) in versions(image):
         done = preprocess(film, 256)
         box = done.geometry.top-down, done.geometry.left-right, done.geometry.bottom-down, done.geometry.right-right
@@ -112,7 +115,7 @@ def test_one_film_at_four_depths():
     fine = cv2.GaussianBlur(film.astype(np.float32)*257, (0, 0), 2).astype(np.uint16)          # 16 bits that are really there
     squares = [preprocess(v, 256).image.astype(int) for v in ((fine/257).round().astype(np.uint8), (fine/16).astype(np.uint16), fine, 65535-fine)]
     for other in squares[1:]: assert np.abs(other-squares[0]).max()<=8 and np.abs(other-squares[0]).mean()<1
-    assert len(np.unique(clahe(full_range(fine))))>20*len(np.unique(clahe(full_range((fine/257).astype(np.uint8)))))
+    assert len(np.unique(clahe(stretch_contrast(fine))))>20*len(np.unique(clahe(stretch_contrast((fine/257).astype(np.uint8)))))
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(40, 300), st.integers(40, 300), st.floats(.5, 8))
@@ -121,7 +124,7 @@ def test_16_bits_are_what_opencv_does_at_8(seed, h, w, clip):
     assert np.abs(clahe(film.astype(np.uint16)*257, clip)/257-clahe(film, clip)).max()<1.01
 
 def test_arguments_are_left_as_they_were():
-    for film in (phantom('AP', ['normal'], seed=1, size=256, nuisances=NUISANCES).image, np.full((64, 80), 7, np.uint16)):
+    for film in (phantom('AP', ['normal'], seed=1, size=256, artifacts=ARTIFACTS).image, np.full((64, 80), 7, np.uint16)):
         before = film.copy()
         for f in (preprocess, remove_overlay, crop_padding, fix_polarity): f(film)
         assert np.array_equal(film, before)
@@ -130,7 +133,7 @@ def test_arguments_are_left_as_they_were():
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([np.uint8, np.uint16]), st.booleans(), st.integers(0, 10**6), st.sampled_from(['stretch', 'pad']))
 def test_no_shape_is_too_odd(h, w, kind, colour, seed, fit):
     image = np.random.default_rng(seed).integers(0, np.iinfo(kind).max, (h, w, 3) if colour else (h, w)).astype(kind)
-    done = preprocess(image, 64, fit=fit)
+    done = preprocess(image, 64, aspect=fit)
     assert done.image.shape==(64, 64) and done.image.dtype==np.uint8
     json.dumps(done.report)
 
@@ -150,7 +153,7 @@ def broken():
     yield from [('empty.png', b'', 'empty'), ('cut.png', png[:len(png)//2], 'cut off'), ('cut.jpg', jpeg[:-200], 'cut off'), ('flipped.png', bytes(flipped), 'damaged'),
                 ('dot.png', encoded(grey.crop((0, 0, 1, 1)), 'PNG'), 'a film has'), ('huge.png', encoded(Image.new('1', (20_000, 20_000)), 'PNG'), 'more than 100,000,000'),
                 ('cmyk.jpg', encoded(grey.convert('CMYK'), 'JPEG'), 'CMYK'), ('text.png', b'not an image at all'*9, 'none of PNG'), ('blank.png', encoded(Image.new('L', (80, 60)), 'PNG'), 'one grey'),
-                ('float.tif', encoded(Image.fromarray(np.ones((80, 60), np.float32)), 'TIFF'), 'F, not grey'), ('dicom.png', bytes(128)+b'DICM'+bytes(99), 'elbowsynth.importers dicom')]
+                ('float.tif', encoded(Image.fromarray(np.ones((80, 60), np.float32)), 'TIFF'), 'F, not grey'), ('dicom.png', bytes(128)+b'DICM'+bytes(99), 'elbowsynth.data.importers dicom')]
     for kind in ('GIF', 'PNG', 'WEBP', 'TIFF'): yield f'moving.{kind.lower()}', encoded(grey, kind, save_all=True, append_images=[grey.rotate(90, expand=False)]), 'holds 2 pictures'
 
 def folder_of(where, files):
@@ -218,15 +221,15 @@ def test_contents_are_held_against_the_table(tmp_path):
 # --- a run that is killed, settings that change, a command
 
 def many(tmp_path, n=30):
-    return folder_of(tmp_path/'in', {f'{i}.png': encoded(Image.fromarray(phantom(('AP', 'LAT')[i%2], ['normal'], seed=i, size=256, nuisances=['padding']).image), 'PNG') for i in range(n)})
+    return folder_of(tmp_path/'in', {f'{i}.png': encoded(Image.fromarray(phantom(('AP', 'LAT')[i%2], ['normal'], seed=i, size=256, artifacts=['padding']).image), 'PNG') for i in range(n)})
 
 def contents(folder): return {p.name: p.read_bytes() for p in folder.iterdir()}
 
-RUN = [sys.executable, '-m', 'elbowsynth.preprocess']
+RUN = [sys.executable, '-m', 'elbowsynth.data.preprocess']
 
 def test_a_kill_leaves_nothing_half_done(tmp_path):
     folder, whole = many(tmp_path), tmp_path/'whole'
-    preprocess_folder(folder, whole, 512, jobs=2)
+    preprocess_folder(folder, whole, 512, n_threads=2)
     for wanted in (1, 7, 18):                                       # killed when that many films are there
         out = tmp_path/f'out{wanted}'
         run = subprocess.Popen([*RUN, folder, out, '--size', '512', '--jobs', '2'], stderr=subprocess.DEVNULL)
@@ -241,16 +244,16 @@ def test_other_settings_come_and_go(tmp_path):
     folder, out = many(tmp_path, 3), tmp_path/'out'
     first = preprocess_folder(folder, out, 64)
     before = contents(out)
-    preprocess_folder(folder, out, 96, fit='pad')
+    preprocess_folder(folder, out, 96, aspect='pad')
     assert read_image(out/'0.png').shape==(96, 96)
     again = preprocess_folder(folder, out, 64)
     assert again.equals(first) and {n: c for n,c in contents(out).items() if n!='journal.jsonl'}=={n: c for n,c in before.items() if n!='journal.jsonl'}
     stamps = {p.name: p.stat().st_mtime_ns for p in out.glob('*.png')}
-    preprocess_folder(folder, out, 64, jobs=1)
+    preprocess_folder(folder, out, 64, n_threads=1)
     assert stamps=={p.name: p.stat().st_mtime_ns for p in out.glob('*.png')}, 'nothing is done twice'
 
 def test_writing_is_kept_on_request(tmp_path):
-    film = phantom('LAT', ['normal'], seed=2, size=512, nuisances=['overlay'])
+    film = phantom('LAT', ['normal'], seed=2, size=512, artifacts=['overlay'])
     folder = folder_of(tmp_path/'in', {'a.png': encoded(Image.fromarray(film.image), 'PNG')})
     said = [subprocess.run([*RUN, folder, tmp_path/o, '--size', '512', *a], check=True, capture_output=True, text=True).stderr for o,a in (('bare', []), ('kept', ['--keep-overlay']))]
     bare, kept = (pd.read_csv(tmp_path/o/'images.csv').overlay[0] for o in ('bare', 'kept'))

@@ -5,11 +5,12 @@ matplotlib.use('agg')
 import numpy as np, pandas as pd
 import pytest, torch
 from conftest import ROOT
-from elbowsynth import search, tac_gan
-from elbowsynth.data import caption, write_png
-from elbowsynth.figures import ranking, seed_table
-from elbowsynth.metrics import checkpoint_choice, shipped_epoch
-from elbowsynth.phantom import phantom
+from elbowsynth.gans import search, tac_gan
+from elbowsynth.data.classes import caption
+from elbowsynth.data.images import write_png
+from elbowsynth.report.run_summary import ranking, seed_table
+from elbowsynth.evaluation.metrics import checkpoint_selection, selected_epoch
+from elbowsynth.phantom.phantom import phantom
 
 SMALL = dict(validation_fraction=.4, epochs=2, width=1/16, extractor='efficientnet_lite0', device='cpu')
 
@@ -27,14 +28,14 @@ def trials(out): return (out/'trials.csv').read_bytes()
 
 def test_the_same_seed_gives_the_same_trials(films, tmp_path):
     torch.set_num_threads(1)
-    for name, seed in (('one', 0), ('two', 0), ('other', 1)): search.search_values(*films, tmp_path/name, n_trials=2, seed=seed, **SMALL)
+    for name, seed in (('one', 0), ('two', 0), ('other', 1)): search.search_hyperparameters(*films, tmp_path/name, n_trials=2, seed=seed, **SMALL)
     assert trials(tmp_path/'one')==trials(tmp_path/'two')!=trials(tmp_path/'other')
     lines = [json.loads(l) for l in (tmp_path/'one'/'journal.jsonl').read_text().splitlines()]  # plain JSON, and only finished trials in it
     assert sum('params' in l for l in lines)==4
 
 KILLED = '''
 import sys, numpy as np, pandas as pd, torch
-from elbowsynth.search import search_values
+from elbowsynth.gans.search import search_values
 torch.set_num_threads(1)
 search_values(np.load(sys.argv[1]), pd.read_csv(sys.argv[2]), sys.argv[3], n_trials=2, validation_fraction=.4, epochs=2, width=1/16, extractor='efficientnet_lite0', device='cpu')
 '''
@@ -57,9 +58,9 @@ def test_a_killed_search_goes_on_with_the_same_trials(films, tmp_path):
 
 def run_cell(folder):
     "The cell of the stage notebook that searches, with its parameters"
-    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs'/'15_search.ipynb').read_text())['cells'] if c['cell_type']=='code']
+    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs'/'3_gans/39_search.ipynb').read_text())['cells'] if c['cell_type']=='code']
     at = next(i for i, c in enumerate(cells) if c.startswith('run: str'))
-    from elbowsynth.data import read_pairs
+    from elbowsynth.data.labels import read_pairs
     space = vars(search) | {'read_pairs': read_pairs, 'root': lambda: folder.parent}
     exec(cells[at], space)
     space |= dict(run=folder.name, size=32, n_trials=2, width=1/16, epochs=2, validation_fraction=.4, extractor='efficientnet_lite0', device='cpu')
@@ -87,7 +88,7 @@ def test_validation_patients_are_in_no_training(films, tmp_path, monkeypatch):
         seen.append((set(pairs.patient), set(test.patient), len(images)))
         for name, image in zip(test.pair, np.random.default_rng(0).integers(0, 256, (len(test), 32, 32), np.uint8)): write_png(out/'samples'/'0002'/f'{name}.png', image)
     for name in ('train_ac_gan', 'train_tac_gan'): monkeypatch.setattr(search, name, spy)
-    search.search_values(*films, tmp_path/'search', n_trials=1, **SMALL)
+    search.search_hyperparameters(*films, tmp_path/'search', n_trials=1, **SMALL)
     assert len(seen)==2 and seen[0]==seen[1]
     trained, held, n = seen[0]
     assert not trained & held and trained | held==set(films[1].patient) and len(held)==4 and n==2*len(trained)
@@ -95,17 +96,17 @@ def test_validation_patients_are_in_no_training(films, tmp_path, monkeypatch):
 def test_a_training_that_breaks_down_is_no_score(films, tmp_path, monkeypatch):
     whole = search.train_ac_gan
     def breaks(*args, lr_g, **more):
-        if lr_g!=search.TABLED['lr_g']: raise FloatingPointError('the loss is no number')
+        if lr_g!=search.PAPER_VALUES['lr_g']: raise FloatingPointError('the loss is no number')
         return whole(*args, lr_g=lr_g, **more)
     monkeypatch.setattr(search, 'train_ac_gan', breaks)
-    table = search.search_values(*films, tmp_path/'search', n_trials=3, **SMALL)
+    table = search.search_hyperparameters(*films, tmp_path/'search', n_trials=3, **SMALL)
     assert table[table.model=='ac_gan'].mmd2.isna().tolist()==[False, True, True] and table.mmd2.notna().sum()==4
     assert json.loads((tmp_path/'search'/'best.json').read_text())['ac_gan']['trial']==0
 
 def test_another_setting_begins_anew(films, tmp_path):
-    search.search_values(*films, tmp_path/'search', n_trials=1, **SMALL)
+    search.search_hyperparameters(*films, tmp_path/'search', n_trials=1, **SMALL)
     before = trials(tmp_path/'search')
-    search.search_values(*films, tmp_path/'search', n_trials=1, **SMALL | {'epochs': 1})
+    search.search_hyperparameters(*films, tmp_path/'search', n_trials=1, **SMALL | {'epochs': 1})
     assert trials(tmp_path/'search')!=before==trials(tmp_path/'search-before-1')
 
 def summary_of(rng):
@@ -118,8 +119,8 @@ def test_the_choice_of_a_checkpoint_does_not_hang_on_the_test_films():
         s = summary_of(rng)
         other, is_test = s.copy(), s.kind=='samples'
         other.loc[is_test, 'ssim':] = rng.random((is_test.sum(), 4))
-        assert shipped_epoch(s, 'a')==shipped_epoch(other, 'a')==s[~is_test].set_index('epoch').mmd2.idxmin()
-        c = checkpoint_choice(s).set_index('metric')
+        assert selected_epoch(s, 'a')==selected_epoch(other, 'a')==s[~is_test].set_index('epoch').mmd2.idxmin()
+        c = checkpoint_selection(s).set_index('metric')
         assert (c.best[['ssim', 'ms_ssim']]>=c.chosen[['ssim', 'ms_ssim']]).all() and (c.best[['mmd2', 'mmd2_paper_A']]<=c.chosen[['mmd2', 'mmd2_paper_A']]).all()
 
 def one_run(folder, seeds):
@@ -146,7 +147,7 @@ def test_no_ranking_below_three_seeds(tmp_path):
 # Gong's overlapping Gaussians: the cells of the page, played with other signs
 
 def gong_cells():
-    cells = json.loads((ROOT/'nbs'/'14_tac_gan.ipynb').read_text())['cells']
+    cells = json.loads((ROOT/'nbs'/'3_gans/38_tac_gan.ipynb').read_text())['cells']
     at = next(i for i, c in enumerate(cells) if ''.join(c['source']).startswith('## Overlapping classes'))
     end = next(i for i, c in enumerate(cells) if i>at and ''.join(c['source']).startswith('## '))
     return [''.join(c['source']) for c in cells[at:end] if c['cell_type']=='code']
@@ -172,7 +173,7 @@ def test_the_signs_as_they_are_recover_the_classes(gong):
     space, prove = gong
     prove(space['game'](twins=True, seed=5))                            # four games that the page did not play
 
-AC, CE = tac_gan.generator_terms, tac_gan.block_cross_entropy
+AC, CE = tac_gan.generator_losses, tac_gan.label_cross_entropy
 WRONG = {'the twin helps': lambda dis, twin, fake, y, sizes: AC(dis, fake, y, sizes) | {'g_twin': CE(twin(fake), y, sizes)},
          'no twin': lambda dis, twin, fake, y, sizes: AC(dis, fake, y, sizes),
          'the head in place of the twin': lambda dis, twin, fake, y, sizes: AC(dis, fake, y, sizes) | {'g_twin': -CE(dis(fake)[1], y, sizes)},

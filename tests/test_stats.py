@@ -5,9 +5,12 @@ import pytest
 import torch
 from scipy import stats as sp
 from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
-from elbowsynth.metrics import mmd2, prdc, vendi
-from elbowsynth.stats import (cluster_bootstrap, cluster_mean, cluster_subsampling, cubic_kernel, equivalence_test, gaussian_kernel, holm, sums_across, mmd_jackknife,
-                              paired_test, paired_tests, permutation_test, set_trend, signed_rank, swap_test, trend)
+from elbowsynth.evaluation.mmd import mmd2, prdc, vendi
+from elbowsynth.evaluation.stats import (
+    between_group_kernel_sums, cluster_bootstrap, cluster_mean, cluster_subsampling,
+    clustered_wilcoxon, cubic_kernel, gaussian_kernel, holm_correction, mmd_jackknife,
+    paired_permutation_test, paired_test, paired_tests, permutation_test, set_trend, tost,
+    trend_test)
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -48,33 +51,33 @@ def test_bootstrap_of_whole_patients_covers():
     share = []
     for c, skewed in ((25, False), (60, False), (150, False), (100, True)):
         rng = np.random.default_rng(c)
-        share.append(np.mean([holds(cluster_bootstrap(*scores(c, rng, skewed=skewed)[:2], draws=500, seed=i), .5) for i in range(1200)]))
+        share.append(np.mean([holds(cluster_bootstrap(*scores(c, rng, skewed=skewed)[:2], n_resamples=500, seed=i), .5) for i in range(1200)]))
     assert min(share)>.92 and max(share)<.98 and .93<=np.mean(share)<=.97, share
 
 def test_pairs_as_units_do_not_cover_and_all_levels_cover_too_much():
     rng, pairs, deep = np.random.default_rng(0), [], []
     for i in range(300):
         v, p, f = scores(40, rng, patient=.02)
-        pairs.append(holds(cluster_bootstrap(v, draws=300, seed=i), .5))
-        deep.append(holds(cluster_bootstrap(v, p, f, deep=True, draws=300, seed=i), .5))
+        pairs.append(holds(cluster_bootstrap(v, n_resamples=300, seed=i), .5))
+        deep.append(holds(cluster_bootstrap(v, p, f, nested=True, n_resamples=300, seed=i), .5))
     assert np.mean(pairs)<.85 and np.mean(deep)>.965
 
 def test_bootstrap_of_a_ratio_covers():
     rng, hits = np.random.default_rng(1), []
     for i in range(800):
         v, p, _ = scores(60, rng)
-        o = cluster_bootstrap(np.c_[v, .25+.1*(v-.5)+.01*rng.normal(size=len(v))], p, statistic=lambda m: m[..., 0]/m[..., 1], draws=500, seed=i)
+        o = cluster_bootstrap(np.c_[v, .25+.1*(v-.5)+.01*rng.normal(size=len(v))], p, statistic=lambda m: m[..., 0]/m[..., 1], n_resamples=500, seed=i)
         hits.append(holds(o, 2))
     assert .93<=np.mean(hits)<=.97, np.mean(hits)
 
 def test_bootstrap_agrees_with_the_formula_and_with_scipy():
     v, p, f = scores(200, np.random.default_rng(2))
-    assert np.isclose(cluster_bootstrap(v, p, draws=8000)['se'], cluster_mean(v, p)['se'], rtol=.03)
+    assert np.isclose(cluster_bootstrap(v, p, n_resamples=8000)['se'], cluster_mean(v, p)['se'], rtol=.03)
     theirs = sp.bootstrap((v,), np.mean, n_resamples=4000, method='percentile', rng=np.random.default_rng(0)).confidence_interval
-    ours = cluster_bootstrap(v, draws=4000)
+    ours = cluster_bootstrap(v, n_resamples=4000)
     assert np.allclose([ours['low'], ours['high']], theirs, atol=.0008)
     again = np.random.default_rng(3).permutation(len(v))
-    assert np.isclose(cluster_bootstrap(v[again], p[again], f[again], deep=True)['estimate'], v.mean())
+    assert np.isclose(cluster_bootstrap(v[again], p[again], f[again], nested=True)['estimate'], v.mean())
 
 def test_deep_draws_follow_the_hierarchy():
     "Variance of the deep bootstrap of balanced data, by the formula for nested draws"
@@ -82,13 +85,13 @@ def test_deep_draws_follow_the_hierarchy():
     v = rng.normal(size=(30, 2, 3))+rng.normal(size=(30, 2, 1))+rng.normal(size=(30, 1, 1))
     p, f = np.repeat(np.arange(30), 6), np.repeat(np.arange(60), 3)
     by_hand = v.mean((1, 2)).var()/30 + v.mean(2).var(1).mean()/60 + v.var(2).mean()/180
-    assert np.isclose(cluster_bootstrap(v.ravel(), p, f, deep=True, draws=6000)['se']**2, by_hand, rtol=.06)
+    assert np.isclose(cluster_bootstrap(v.ravel(), p, f, nested=True, n_resamples=6000)['se']**2, by_hand, rtol=.06)
 
 def test_bad_input_is_named():
     for call, text in ((lambda: cluster_bootstrap([.1, np.nan]), 'value 1 is not finite'), (lambda: cluster_bootstrap([]), 'n > 0'), (lambda: cluster_bootstrap([1., 2.], ['a', 'a']), '1 independent groups'),
                        (lambda: cluster_bootstrap([1., 2.], [1., np.nan]), 'row 1 has no group'), (lambda: cluster_bootstrap([1., 2.], level=95), 'level is 95'),
-                       (lambda: mmd_jackknife(np.zeros((3, 2)), np.zeros((3, 3)), cubic_kernel), 'features want'), (lambda: swap_test(np.zeros((3, 2)), np.zeros((4, 2)), cubic_kernel), 'not pairs'),
-                       (lambda: trend([[1., 2., 3.]]*2, [0, 2, 1]), 'rising epochs'), (lambda: paired_test([1., np.inf], [0., 0.]), 'value 1 is not finite')):
+                       (lambda: mmd_jackknife(np.zeros((3, 2)), np.zeros((3, 3)), cubic_kernel), 'features want'), (lambda: paired_permutation_test(np.zeros((3, 2)), np.zeros((4, 2)), cubic_kernel), 'not pairs'),
+                       (lambda: trend_test([[1., 2., 3.]]*2, [0, 2, 1]), 'rising epochs'), (lambda: paired_test([1., np.inf], [0., 0.]), 'value 1 is not finite')):
         with pytest.raises(ValueError, match=text): call()
 
 # --- distances between sets
@@ -100,7 +103,7 @@ def test_estimates_equal_scikit_learn():
         xx, yy, xy = theirs(x, x), theirs(y, y), theirs(x, y)
         u = (xx.sum()-np.trace(xx))/(40*39)+(yy.sum()-np.trace(yy))/(30*29)-2*xy.mean()
         assert np.isclose(mmd_jackknife(x, y, kernel)['estimate'], u, atol=1e-12)
-        assert np.isclose(permutation_test(x, y, kernel, draws=9)['mmd2'], u, atol=1e-12)
+        assert np.isclose(permutation_test(x, y, kernel, n_resamples=9)['mmd2'], u, atol=1e-12)
     assert np.isclose(mmd_jackknife(x, y, gaussian_kernel(np.median(np.sqrt(((x[:, None]-x)**2).sum(-1))[np.triu_indices(40, 1)])))['estimate'], mmd2(x, y), atol=1e-10)
 
 def brute(x, y, gx, gy, k):
@@ -116,7 +119,7 @@ def test_jackknife_equals_leaving_out_by_hand(shared):
     x, y, gx = rng.normal(size=(9, 3)), rng.normal(.4, 1, (8, 3)), np.array(list('aabcccdde'))
     gy = np.array(list('aabbcdee')) if shared else np.array(list('ttuuvwzz'))
     k = lambda u, v: np.exp(-((u-v)**2).sum()/2)
-    o = mmd_jackknife(x, y, gaussian_kernel(1.), gx, gy, block=4)
+    o = mmd_jackknife(x, y, gaussian_kernel(1.), gx, gy, block_size=4)
     assert np.isclose(o['estimate'], brute(x, y, gx, gy, k), atol=1e-12)
     names = sorted({*gx, *gy})
     left = np.array([brute(x[gx!=n], y[gy!=n], gx[gx!=n], gy[gy!=n], k) for n in names])
@@ -126,7 +129,7 @@ def test_small_distances_survive_single_precision():
     "Unit vectors, bandwidth 10, values of 1e-6: the paper's likeliest convention"
     rng = np.random.default_rng(7)
     x, y = (np.abs(rng.normal(1, .3, (400, 256)))+o for o in (0, .01))
-    exact, single = (mmd_jackknife(x.astype(t), y.astype(t), gaussian_kernel(10., unit=True)) for t in (np.float64, np.float32))
+    exact, single = (mmd_jackknife(x.astype(t), y.astype(t), gaussian_kernel(10., normalize=True)) for t in (np.float64, np.float32))
     assert abs(single['estimate']-exact['estimate'])<1e-9+.01*exact['se'] and np.isclose(single['se'], exact['se'], rtol=.01)
 
 @pytest.mark.parametrize('paired', [False, True])
@@ -177,8 +180,8 @@ def test_subsampling_covers_vendi_and_neighbours():
     truth_n = np.mean([neighbours(draw()[0], draw(1.)[0]) for _ in range(200)], 0)
     for i in range(200):
         (x, gx), (y, gy) = draw(), draw(1.)
-        v.append(holds(cluster_subsampling(vendi, x, gx=gx, draws=60, seed=i), truth_v))
-        o = cluster_subsampling(neighbours, x, y, gx, [f'y{j}' for j in gy], draws=60, seed=i)
+        v.append(holds(cluster_subsampling(vendi, x, groups_x=gx, n_resamples=60, seed=i), truth_v))
+        o = cluster_subsampling(neighbours, x, y, gx, [f'y{j}' for j in gy], n_resamples=60, seed=i)
         n.append((o['low']<=truth_n)&(truth_n<=o['high']))
     print('coverage: vendi', np.mean(v), dict(zip(('precision', 'recall', 'density', 'coverage'), np.mean(n, 0))))
     assert .87<=np.mean(v)<=.995 and ((.88<=np.mean(n, 0))&(np.mean(n, 0)<=1)).all(), (np.mean(v), np.mean(n, 0))
@@ -191,12 +194,12 @@ def test_permutation_p_is_uniform_and_powerful():
         x, gx = clouds(15, 5, rng)
         for out, delta in ((null, 0.), (power, 1.2)):
             y, gy = clouds(15, 5, rng, delta)
-            out.append(permutation_test(x, y, gaussian_kernel(3.), gx, [f'y{j}' for j in gy], draws=99, seed=i)['p'])
+            out.append(permutation_test(x, y, gaussian_kernel(3.), gx, [f'y{j}' for j in gy], n_resamples=99, seed=i)['p'])
     assert uniform(null) and (np.array(power)<=.05).mean()>.6
 
 def test_permutation_of_films_instead_of_patients_is_too_bold():
     rng = np.random.default_rng(14)
-    p = [permutation_test(clouds(12, 5, rng, films=4)[0], clouds(12, 5, rng, films=4)[0], gaussian_kernel(3.), draws=99, seed=i)['p'] for i in range(150)]
+    p = [permutation_test(clouds(12, 5, rng, films=4)[0], clouds(12, 5, rng, films=4)[0], gaussian_kernel(3.), n_resamples=99, seed=i)['p'] for i in range(150)]
     assert (np.array(p)<=.05).mean()>.15
 
 def test_swap_p_is_uniform_and_powerful():
@@ -204,8 +207,8 @@ def test_swap_p_is_uniform_and_powerful():
     for i in range(400):
         shared, g = clouds(25, 5, rng)
         x, y = (shared+.3*rng.normal(size=shared.shape) for _ in range(2))
-        null.append(swap_test(x, y, gaussian_kernel(3.), g, draws=99, seed=i)['p'])
-        power.append(swap_test(x, y+np.r_[.25, 0, 0, 0, 0], gaussian_kernel(3.), g, draws=99, seed=i)['p'])
+        null.append(paired_permutation_test(x, y, gaussian_kernel(3.), g, n_resamples=99, seed=i)['p'])
+        power.append(paired_permutation_test(x, y+np.r_[.25, 0, 0, 0, 0], gaussian_kernel(3.), g, n_resamples=99, seed=i)['p'])
     assert uniform(null) and (np.array(power)<=.05).mean()>.6
 
 def test_permutation_equals_all_deals_by_hand():
@@ -214,7 +217,7 @@ def test_permutation_equals_all_deals_by_hand():
     z, k = np.r_[x, y], lambda u, v: np.exp(-((u-v)**2).sum()/2)
     far = lambda those: brute(z[list(those)], z[[i for i in range(7) if i not in those]], list(those), [i for i in range(7) if i not in those], k)
     every = [far(o) for o in itertools.combinations(range(7), 4)]
-    o = permutation_test(x, y, gaussian_kernel(1.), draws=6000)
+    o = permutation_test(x, y, gaussian_kernel(1.), n_resamples=6000)
     assert abs(o['p']-np.mean(np.array(every)>=every[0]-1e-12))<.02 and set(o['null'].round(9))<=set(np.round(every, 9))
 
 # --- paired tests, trends, equivalence
@@ -223,22 +226,22 @@ def test_signed_ranks_equal_scipy():
     rng = np.random.default_rng(17)
     for n in (6, 13, 45):
         d = rng.normal(.2, 1, n)
-        assert np.isclose(signed_rank(d)[1], sp.wilcoxon(d, method='exact').pvalue, rtol=1e-10)
+        assert np.isclose(clustered_wilcoxon(d)[1], sp.wilcoxon(d, method='exact').pvalue, rtol=1e-10)
     d = rng.normal(.05, 1, 400).round(2)                                 # ties and zeros
-    assert np.isclose(signed_rank(d)[1], sp.wilcoxon(d, method='approx', correction=False).pvalue, rtol=1e-9)
+    assert np.isclose(clustered_wilcoxon(d)[1], sp.wilcoxon(d, method='approx', correction=False).pvalue, rtol=1e-9)
     n = np.sum(d!=0)
-    assert np.isclose(signed_rank(d)[0], 2*sp.wilcoxon(d, alternative='greater').statistic/(n*(n+1)/2)-1)
+    assert np.isclose(clustered_wilcoxon(d)[0], 2*sp.wilcoxon(d, alternative='greater').statistic/(n*(n+1)/2)-1)
     tied = np.array([1, 1, -1, 2, 2, 3, -3, 4.])
-    assert np.isclose(signed_rank(tied)[1], sp.wilcoxon(tied, method=sp.PermutationMethod(n_resamples=np.inf)).pvalue)
+    assert np.isclose(clustered_wilcoxon(tied)[1], sp.wilcoxon(tied, method=sp.PermutationMethod(n_resamples=np.inf)).pvalue)
 
 def test_many_pairs_of_few_patients_are_few():
     "150 pairs of five patients: two ways of 32 to set the signs are as extreme, and no normal distribution knows"
     d = np.abs(np.random.default_rng(0).normal(1, .2, 150))
-    assert np.isclose(signed_rank(d, np.repeat(range(5), 30))[1], .0625)
+    assert np.isclose(clustered_wilcoxon(d, np.repeat(range(5), 30))[1], .0625)
     rng, p = np.random.default_rng(1), []
     for _ in range(400):
         d, g = clouds(7, 1, rng, films=20, kin=.8)
-        p.append(signed_rank(d[:, 0], g)[1])
+        p.append(clustered_wilcoxon(d[:, 0], g)[1])
     assert (np.array(p)<=.05).mean()<=.08
 
 @pytest.mark.parametrize('c', [12, 70])
@@ -246,8 +249,8 @@ def test_signed_rank_p_is_uniform_with_patients_and_too_bold_without(c):
     rng, p, bold = np.random.default_rng(18), [], []
     for _ in range(1500):
         d, g = clouds(c, 1, rng, films=3, kin=.8)
-        p.append(signed_rank(d[:, 0], g)[1])
-        bold.append(signed_rank(d[:, 0])[1])
+        p.append(clustered_wilcoxon(d[:, 0], g)[1])
+        bold.append(clustered_wilcoxon(d[:, 0])[1])
     assert uniform(p, .005) and (np.array(bold)<=.05).mean()>.12
 
 def test_holm_equals_its_definition_and_guards_the_family():
@@ -256,7 +259,7 @@ def test_holm_equals_its_definition_and_guards_the_family():
         p = rng.random(7)**2
         o = np.sort(p)
         want = {v: min(1, max((7-j)*o[j] for j in range(i+1))) for i, v in enumerate(o)}
-        assert np.allclose(holm(p), [want[v] for v in p])
+        assert np.allclose(holm_correction(p), [want[v] for v in p])
     false = []
     for i in range(150):
         v, g, _ = scores(20, rng)
@@ -275,90 +278,92 @@ def test_trend_finds_what_is_there():
     for i in range(800):
         v, g, _ = scores(50, rng)
         own = .0002*(1+.3*rng.normal(size=50))[g]                       # patients differ in how much they gain
-        o = trend(v[:, None]+own[:, None]*epochs+.03*rng.normal(size=(len(v), 11)), epochs, g, draws=400, seed=i)
+        o = trend_test(v[:, None]+own[:, None]*epochs+.03*rng.normal(size=(len(v), 11)), epochs, g, draws=400, seed=i)
         hits.append(holds(o, .0002))
-        p.append(trend(v[:, None]+.03*rng.normal(size=(len(v), 11)), epochs, g, draws=5)['p'])
+        p.append(trend_test(v[:, None]+.03*rng.normal(size=(len(v), 11)), epochs, g, draws=5)['p'])
     assert .92<=np.mean(hits)<=.98 and uniform(p), np.mean(hits)
 
 def test_trend_agrees_with_scipy():
     v = np.random.default_rng(21).normal(size=(5, 7)).round(1)
-    o = trend(v, range(7), draws=5)
+    o = trend_test(v, range(7), draws=5)
     assert np.isclose(o['rank_correlation'], np.mean([sp.spearmanr(range(7), r).statistic for r in v]))
     assert np.isclose(o['slope'], np.mean([sp.linregress(range(7), r).slope for r in v]))
-    assert trend([[1., 1, 1]]*3, range(3), draws=5)['rank_correlation']==0
+    assert trend_test([[1., 1, 1]]*3, range(3), draws=5)['rank_correlation']==0
     assert np.isclose(set_trend([5., 3, 4, 1], range(4))['p'], sp.kendalltau(range(4), [5., 3, 4, 1]).pvalue)
 
 def test_equivalence_equals_two_t_tests_and_holds_its_level():
     rng = np.random.default_rng(22)
     d = rng.normal(.1, 1, 30)
     low, high = sp.ttest_1samp(d, -.5, alternative='greater').pvalue, sp.ttest_1samp(d, .5, alternative='less').pvalue
-    assert np.isclose(equivalence_test(d, .5)['p'], max(low, high))
+    assert np.isclose(tost(d, .5)['p'], max(low, high))
     at_margin = []
     for _ in range(1500):
         v, g, _ = scores(40, rng)
-        at_margin.append(equivalence_test(v-.5+.03, .03, g)['equivalent'])
+        at_margin.append(tost(v-.5+.03, .03, g)['equivalent'])
     assert abs(np.mean(at_margin)-.05)<.025
-    o = equivalence_test(d, .5)
+    o = tost(d, .5)
     assert o['equivalent']==(-.5<o['low'] and o['high']<.5)
 
 def test_blocks_do_not_matter():
     z = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     g, w = torch.arange(50)//3, torch.ones(50, 2, dtype=torch.float64)
-    whole = sums_across(z, g, w, gaussian_kernel(1.))
-    for block in (1, 7, 49): assert torch.allclose(sums_across(z, g, w, gaussian_kernel(1.), block), whole, atol=1e-12)
+    whole = between_group_kernel_sums(z, g, w, gaussian_kernel(1.))
+    for block in (1, 7, 49): assert torch.allclose(between_group_kernel_sums(z, g, w, gaussian_kernel(1.), block), whole, atol=1e-12)
 
 # --- which convention, and what metrics see
 
 def test_bounds_for_noise_hold_in_the_libraries_they_speak_of():
     import piq
     from skimage.metrics import structural_similarity
-    from elbowsynth.conventions import ssim_of_noise
-    from elbowsynth.phantom import phantom
+    from elbowsynth.evaluation.conventions import max_ssim_of_noise
+    from elbowsynth.phantom.phantom import phantom
     rng = np.random.default_rng(23)
     for film in (np.full((1024, 1024), .5), phantom('LAT', ['normal'], size=1024).image/255):
         noise = rng.random(film.shape)
         a, b = (torch.tensor(o)[None, None] for o in (film, noise))
-        assert piq.ssim(a, b)<ssim_of_noise(4) and piq.ssim(a, b, downsample=False)<ssim_of_noise()
-        assert structural_similarity(film, noise, data_range=2)<ssim_of_noise(span=2) and structural_similarity(255*film, 255*noise, data_range=1)<ssim_of_noise(scale=255)
+        assert piq.ssim(a, b)<max_ssim_of_noise(4) and piq.ssim(a, b, downsample=False)<max_ssim_of_noise()
+        assert structural_similarity(film, noise, data_range=2)<max_ssim_of_noise(data_range=2) and structural_similarity(255*film, 255*noise, data_range=1)<max_ssim_of_noise(actual_range=255)
         assert structural_similarity(film, noise, data_range=255)>.9
 
 def test_bounds_for_mmd_hold():
-    from elbowsynth.conventions import bandwidth_for, mmd_of_disjoint
+    from elbowsynth.evaluation.conventions import bandwidth_for, max_mmd
     rng = np.random.default_rng(24)
     for _ in range(50):
         x, y = (np.maximum(rng.normal(rng.normal(), 1, (20, 30)), 0)+1e-9 for _ in 'xy')
         x, y = (o/np.linalg.norm(o, axis=1, keepdims=True) for o in (x, y))
         for gamma in (1/200, 1/30, 1.):
             v = rbf_kernel(x, x, gamma=gamma).mean()+rbf_kernel(y, y, gamma=gamma).mean()-2*rbf_kernel(x, y, gamma=gamma).mean()
-            assert v<=mmd_of_disjoint(gamma, 2)
+            assert v<=max_mmd(gamma, 2)
         gap = ((x.mean(0)-y.mean(0))**2).sum()
         assert np.isclose(bandwidth_for(mmd2(x, y, 'paper_A'), gap), 10, rtol=.02)     # wide kernels measure the gap, and so the bandwidth can be read off
 
 def test_the_paper_agrees_with_itself_and_leaves_five_conventions():
-    from elbowsynth.conventions import TABLE1, implied_noise, inside_mask, mask_share, possible_conventions
-    t = implied_noise(TABLE1)
+    from elbowsynth.paper import PAPER_TABLE1_ROWS
+    from elbowsynth.evaluation.conventions import (
+        implied_in_mask_score, implied_mask_area, implied_noise, possible_conventions)
+    t = implied_noise(PAPER_TABLE1_ROWS)
     of = {(o.metric, o.kind): o.noise for o in t.itertuples()}
     assert t.agree.all() and len(t)==6
     assert np.isclose(of['mmd', 'noise'], 6.497e-3, rtol=1e-3) and np.isclose(of['mmd', 'mask'], 2.935e-3, rtol=1e-3)
-    share = mask_share(of['ssim', 'mask'], of['ssim', 'noise'])
-    assert np.isclose((1-share)+share*inside_mask(.8, share), .8)
-    assert not implied_noise([*TABLE1, ('ssim', 'other', 'noise', .4, 2., 5e-4)]).agree.all()
+    share = implied_mask_area(of['ssim', 'mask'], of['ssim', 'noise'])
+    assert np.isclose((1-share)+share*implied_in_mask_score(.8, share), .8)
+    assert not implied_noise([*PAPER_TABLE1_ROWS, ('ssim', 'other', 'noise', .4, 2., 5e-4)]).agree.all()
     claims = {('ssim', 'noise'): of['ssim', 'noise'], ('ms_ssim', 'noise'): of['ms_ssim', 'noise'], ('mmd', 'noise'): of['mmd', 'noise'], ('mmd', 'best'): 1.373e-4}
     found = possible_conventions(claims, 1024, 898, 2048, (.3, 1.5))
     assert found.possible.sum()==5 and set(found.claim[found.possible])=={'ssim of noise', 'ms_ssim of noise', 'mmd of noise'}
     assert possible_conventions(claims | {('ssim', 'noise'): .005}, 256, 898, 2048, (.3, 1.5)).possible[:2].all()      # at 256 pixels nothing is pooled: both piq's fit a small claim
 
 def test_damages_do_what_they_say():
-    from elbowsynth.sensitivity import DAMAGES, copied_share, damaged
+    from elbowsynth.evaluation.sensitivity import distort, DISTORTIONS, memorization_rate
     rng = np.random.default_rng(25)
     films, masks = rng.integers(60, 190, (2, 40, 40), np.uint8), np.zeros((2, 40, 40), np.uint8)
     masks[:, 10:30, 10:30] = 255
     before = films.copy()
-    for k, (_, amounts, _) in DAMAGES.items():
-        off = [np.abs(damaged(films, masks, k, a).astype(int)-films).mean() for a in (0, *amounts)]
+    for k, (_, amounts, _) in DISTORTIONS.items():
+        off = [np.abs(distort(films, masks, k, a).astype(int)-films).mean() for a in (0, *amounts)]
         assert off[0]==0 and min(off[1:])>0 and (k=='shift' or (np.diff(off)>0).all())
-        out = damaged(films, masks, k, amounts[-1])
+        out = distort(films, masks, k, amounts[-1])
         assert out.dtype==np.uint8 and ((out==films)[masks==0].all())==(k in ('seam', 'blur in mask'))
-    assert (films==before).all() and (damaged(films, masks, 'shift', 3)[:, :, 3:]==films[:, :, :-3]).all()
+    assert (films==before).all() and (distort(films, masks, 'shift', 3)[:, :, 3:]==films[:, :, :-3]).all()
     train = rng.normal(size=(30, 5))
-    assert copied_share(train, train)==1 and copied_share(train, train+10)==0
+    assert memorization_rate(train, train)==1 and memorization_rate(train, train+10)==0

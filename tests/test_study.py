@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np, pandas as pd
 import pytest
 from conftest import ROOT, copy_of_checkout, sh
-from elbowsynth.core import stages
-from elbowsynth.data import caption, write_png
-from elbowsynth.phantom import phantom
+from elbowsynth.stages import stages
+from elbowsynth.data.classes import caption
+from elbowsynth.data.images import write_png
+from elbowsynth.phantom.phantom import phantom
 from elbowsynth.run import plan
 
 pytestmark = pytest.mark.long('runs the smoke study, minutes')
