@@ -1,4 +1,4 @@
-# Everything a person does here starts with make; `make help` lists it. Nothing of the shell's environment decides what runs: what is set is set behind make.
+# All commands of this repository; `make help` lists them. Variables of the shell have no effect: write them after make.
 PROFILE := demo
 DATA :=
 RUN :=
@@ -6,52 +6,56 @@ SET :=
 ALL :=
 FROM :=
 TO :=
-WITH :=
+OPTIONS :=
 BENCH := gans metrics stats diffusion phantom preprocess
 IN := .venv/bin/
 STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)'
 
-.PHONY: help study inpaint import test bench lab site readme prepare lock install clean
+.PHONY: help study inpaint import test fuzz bench lab site readme prepare lock install clean
 .DEFAULT_GOAL := help
 
 help: ## List the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
-	@echo; echo '  PROFILE=smoke|demo|paper  DATA=FOLDER  RUN=NAME (below _runs)  SET="epochs=3 wgan_gp.lr=1e-4"  ALL=1'
+	@echo; echo '  PROFILE=smoke|demo|paper  DATA=FOLDER  RUN=NAME (below _runs)  SET="epochs=3 flux.decay_rate=-0.7"  ALL=1'
 
-install: .venv/installed ## Make .venv from requirements.lock (the other commands do it when needed)
+install: .venv/installed ## Install the packages of requirements.lock into .venv (other commands do this when needed)
 
 .venv/installed: requirements.lock settings.ini setup.py workflow/install.sh
 	@sh workflow/install.sh
 
-study: install ## Run the whole study, or what is left of it, and write its report
+study: install ## Run the stages of the study that are out of date, and write its report
 	@$(STUDY)
 
-inpaint: install ## Draw with the untrained base models into the masks of DATA=FOLDER, without a split
+inpaint: install ## Inpaint DATA=FOLDER with the base models, without fine-tuning
 	@$(STUDY) --set 'split= epochs=0 boost_epochs=0 sdxl.out=sdxl_untrained flux.out=flux_untrained' --target sdxl --target flux
 
-import: install ## Turn DATA=FOLDER of FROM=dicom|mura|fracatlas|yolo|folder|png16 into TO=FOLDER, films with labels.csv
-	@$(IN)python -m elbowsynth.data.importers $(FROM) "$(DATA)" "$(TO)" $(WITH)
+import: install ## Convert DATA=FOLDER, FROM=dicom|mura|fracatlas|yolo|folder|png16, to images and labels.csv in TO=FOLDER
+	@$(IN)python -m elbowsynth.data.import_cli $(FROM) "$(DATA)" "$(TO)" $(OPTIONS)
 
-test: install ## Run the tests; ALL=1 runs those that take minutes, too
-	@ELBOWSYNTH_ALL="$(ALL)" $(IN)python -m pytest tests
+test: install ## Run the tests; ALL=1 includes those that take minutes
+	@ELBOWSYNTH_ALL="$(ALL)" ELBOWSYNTH_HYPOTHESIS=same $(IN)python -m pytest tests
 
-bench: install ## Time what claims to be fast, beside what it is to be faster than, an hour or so; the tables go to bench/results (BENCH="gans metrics")
+fuzz: install ## Run the property tests with new random examples
+	@ELBOWSYNTH_ALL="$(ALL)" ELBOWSYNTH_HYPOTHESIS=new $(IN)python -m pytest tests -m hypothesis
+
+bench: install ## Run benchmarks against reference implementations into bench/results, about an hour (BENCH="gans metrics")
 	@for b in $(BENCH); do $(IN)python bench/$$b.py || exit; done
 
-lab: install ## Open the notebooks in JupyterLab, with the parameters of PROFILE
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONWARNINGS="ignore:IProgress not found" $(IN)jupyter lab nbs --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
+lab: install ## Open the notebooks in JupyterLab, with the parameters of PROFILE, at the start page
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONWARNINGS="ignore:IProgress not found" $(IN)jupyter lab nbs/index.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 
-site: install ## Render the site into _docs, with the committed run or RUN=_runs/NAME
+site: install ## Render the site into _docs, with the results of the committed run or of RUN=_runs/NAME
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site $(if $(RUN),--run "$(RUN)")
 
 readme: install ## Write README.md from nbs/index.ipynb
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site --readme
 
-prepare: install ## Before a commit: clean the notebooks, export the library, write the README
+prepare: install ## Before a commit: clean the notebooks, export the library, write README.md
 	@PATH="$(CURDIR)/.venv/bin:$$PATH"; nbdev_clean && nbdev_export && $(IN)ruff check -q --select F821,F401 elbowsynth && $(IN)python -m elbowsynth.site --readme && git status --short
 
-lock: install ## Write requirements.lock anew from settings.ini
+lock: install ## Write requirements.lock from settings.ini
 	@sh workflow/lock.sh
 
-clean: ## Remove what can be made again: .venv, the site, caches (not _runs)
-	rm -rf .venv _docs _proc build *.egg-info .pytest_cache .ruff_cache elbowsynth/__pycache__ tests/__pycache__
+clean: ## Remove generated files: .venv, the site, caches (not _runs)
+	rm -rf .venv _docs _proc build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find elbowsynth tests bench -name __pycache__ -prune -exec rm -rf {} +

@@ -36,7 +36,7 @@ def our_wgan_gp(size, width, batch, device, fuse=False):
     films = torch.randint(256, (20, size, size), dtype=torch.uint8, device=device)
     def turn(at):
         terms = wgan_gp.wgan_step(gen, critic, opt_g, opt_c, to_tensor(films[at]), 10., 5, True, rng)
-        guard.watch(terms['wasserstein'], terms['penalty'])
+        guard.update(terms['wasserstein'], terms['penalty'])
         return terms
     return cuda_graphed(turn, device, (rng,))
 
@@ -68,7 +68,7 @@ def our_labelled(size, width, batch, device, twin, fuse=False):
     losses = [maybe_compile(f, device, fuse) for f in losses]
     def turn(at):
         terms = step(*nets, *opts, to_tensor(films[at]), y[at], y, SIZES, *losses)
-        guard.watch(*terms.values())
+        guard.update(*terms.values())
         return terms
     return cuda_graphed(turn, device)
 

@@ -9,10 +9,10 @@ import torchmetrics.functional.image as tm
 from results import keep
 from elbowsynth.data.images import write_png
 from elbowsynth.evaluation.extractors import load_extractor
-from elbowsynth.evaluation.mmd import fidelity_diversity, MMD_CONVENTIONS
+from elbowsynth.evaluation.mmd import fidelity_diversity, make_kernel, MMD_CONVENTIONS
 from elbowsynth.evaluation.ssim import ms_ssim, ssim
 from elbowsynth.evaluation.metrics import score_run
-from elbowsynth.evaluation.stats import make_kernel, mmd_jackknife
+from elbowsynth.evaluation.stats import mmd_jackknife
 from elbowsynth.evaluation.run_statistics import diversity_intervals, mmd_intervals, run_statistics
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['root', 'require_path', 'atomic_write', 'round_floats', 'save_json', 'format_duration', 'TimeLimitExceeded',
-           'progress', 'parallel_map', 'show_images', 'content_hash', 'claim_run_dir']
+           'progress', 'parallel_map', 'show_images', 'content_hash', 'claim_run_dir', 'LazyPackage', 'lazy_exports']
 
 # %% ../nbs/0_core/00_core.ipynb #e349a2ba
-import glob, hashlib, json, os, sys, time
+import glob, hashlib, importlib, json, os, sys, time, types
 import numpy as np
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -16,30 +16,33 @@ from pathlib import Path
 from tqdm import tqdm
 
 # %% ../nbs/0_core/00_core.ipynb #99b9c925
-def root()->Path: # The nearest folder, going up from the working directory, that holds this study's `settings.ini`
-    "The checkout: every relative folder of the study hangs on it, wherever a notebook happens to be run"
+def root()->Path: # Nearest folder, from the working directory upward, that has this study's `settings.ini`
+    "The checkout; all relative folders of the study are in it, whatever the working directory is"
     here, module = Path.cwd(), Path(globals().get('__file__', '.')).resolve()
-    for p in (here, *here.parents, *module.parents):
-        if (p/'settings.ini').is_file() and 'lib_name = elbowsynth' in (p/'settings.ini').read_text(): return p
-    raise FileNotFoundError('neither the working directory nor the package lies in a checkout of elbowsynth (no settings.ini '
-                            'on the way up): clone the repository and run from there')
+    for folder in (here, *here.parents, *module.parents):
+        settings = folder/'settings.ini'
+        if settings.is_file() and 'lib_name = elbowsynth' in settings.read_text(): return folder
+    raise FileNotFoundError(
+        'no checkout of elbowsynth: neither the working directory, nor the package, nor a folder above them '
+        'has settings.ini; fix: clone the repository and run in it')
 
 # %% ../nbs/0_core/00_core.ipynb #7ae41a68
 def require_path(
-    path:Path, # A file or folder that an earlier stage wrote
-    stage:str, # The stage that writes it
+    path:Path, # File or folder that an earlier stage writes
+    stage:str, # That stage
 )->Path: # `path`, which exists
-    "`path` if it is there; otherwise an error that says which stage to run first"
+    "`path` if it exists; otherwise an error that names the stage to run first"
     if Path(path).exists(): return Path(path)
-    raise FileNotFoundError(f'{path} is missing: the stage `{stage}` writes it. Run that notebook first, or `make study`, '
-                            'which runs the stages in their order.')
+    raise FileNotFoundError(
+        f'{path} is missing; the stage `{stage}` writes it; fix: run that notebook first, '
+        'or `make study`, which runs the stages in order')
 
 # %% ../nbs/0_core/00_core.ipynb #f1d412b0
 @contextmanager
 def atomic_write(
-    path:Path, # The file that is to exist, whole, when the block ends well
+    path:Path, # File to write
 ):
-    "Yield a name beside `path` to write to, and rename it to `path` at the end; after an error or a kill `path` is as it was"
+    "Yield a temporary path next to `path`, and rename it to `path` at the end; after an error `path` is unchanged"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.part-{path.name}')
@@ -50,10 +53,10 @@ def atomic_write(
 
 # %% ../nbs/0_core/00_core.ipynb #2f059ecc
 def round_floats(
-    x, # Numbers in dicts, lists, tuples, arrays or alone
-    digits:int=6, # Significant digits kept
+    x, # Numbers, alone or in dicts, lists, tuples and arrays
+    digits:int=6, # Significant digits
 ):
-    "`x` in plain Python types with its floats rounded, so that a file does not change with the last bit of a sum"
+    "`x` in plain Python types with rounded floats, so that a file does not change with the last bit of a sum"
     if isinstance(x, dict): return {str(k): round_floats(v, digits) for k,v in x.items()}
     if isinstance(x, (list, tuple, np.ndarray)): return [round_floats(v, digits) for v in x]
     if isinstance(x, (bool, np.bool_)): return bool(x)
@@ -63,10 +66,10 @@ def round_floats(
 
 # %% ../nbs/0_core/00_core.ipynb #f2cf1679
 def save_json(
-    path:Path, # Where to
-    values:dict, # What; numbers are rounded to six digits
-)->dict: # What was written
-    "Write `values` with sorted keys; NaN and infinity are refused, since JSON has neither"
+    path:Path, # File to write
+    values:dict, # Contents; numbers are rounded to six significant digits
+)->dict: # The contents as written
+    "Write `values` with sorted keys; NaN and infinity are errors, since JSON has neither"
     values = round_floats(values)
     text = json.dumps(values, sort_keys=True, indent=1, allow_nan=False)
     with atomic_write(path) as part: part.write_text(text+'\n')
@@ -74,103 +77,154 @@ def save_json(
 
 # %% ../nbs/0_core/00_core.ipynb #527406bc
 def format_duration(
-    seconds:float, # A duration
+    seconds:float, # Duration in seconds
 )->str: # `m:ss` below an hour, `h:mm:ss` above
-    "A duration as one reads it on a stopwatch"
-    m,s = divmod(int(round(seconds)), 60)
-    return f'{m}:{s:02d}' if m<60 else f'{m//60}:{m%60:02d}:{s:02d}'
+    "A duration in minutes and seconds"
+    minutes, seconds = divmod(int(round(seconds)), 60)
+    if minutes<60: return f'{minutes}:{seconds:02d}'
+    return f'{minutes//60}:{minutes%60:02d}:{seconds:02d}'
 
 # %% ../nbs/0_core/00_core.ipynb #5cad275c
-class TimeLimitExceeded(RuntimeError): "A loop that would take longer than it was allowed to"
+class TimeLimitExceeded(RuntimeError): "A loop would take longer than its time limit"
+
+def _progress_bar(desc, total):
+    "A bar on a terminal or in JupyterLab, and whether it is visible; in a log there is none"
+    terminal, jupyter = sys.stderr.isatty(), 'JPY_SESSION_NAME' in os.environ
+    visible, in_page = terminal or jupyter, jupyter and not terminal
+    nested = in_page and bool(tqdm._instances)                      # JupyterLab cannot show one bar below another
+    stream = sys.stdout if in_page else sys.stderr                  # JupyterLab shows stderr on a red background
+    return tqdm(total=total, desc=desc, disable=not visible or nested, leave=False, file=stream), visible
 
 def progress(
-    items, # What to go through
-    desc:str, # Its name, as the reader sees it
-    total:int=None, # How many there are, if `items` does not say
-    max_minutes:float=0, # Minutes that it may take; 0 for no limit
-    log_every_s:float=None, # Seconds between two lines in a log; 15, or what the runner asks for
+    items, # What to iterate over
+    desc:str, # Description of the loop
+    total:int=None, # Number of items; `len(items)` if None
+    max_minutes:float=0, # Time limit in minutes; 0 for none
+    log_every_s:float=None, # Seconds between two lines in a log; from the runner, or 15, if None
 ):
-    "Yield `items` behind a bar on a terminal or in JupyterLab, and with a line now and then in a log; refuse early what is too long"
-    total = len(items) if total is None else total
-    screen, log_every_s = sys.stderr.isatty() or 'JPY_SESSION_NAME' in os.environ, log_every_s or float(os.environ.get('ELBOWSYNTH_EVERY', 15))
-    start = said = first = time.monotonic()
-    page = screen and not sys.stderr.isatty()                           # in JupyterLab, which paints what comes by stderr red and cannot show one bar below another
-    with tqdm(total=total, desc=desc, disable=not screen or page and bool(tqdm._instances), leave=False, file=sys.stdout if page else sys.stderr) as bar:
+    "Yield `items` with a progress bar, or with lines in a log; raise early if the loop would take too long"
+    if total is None: total = len(items)
+    log_every_s = log_every_s or float(os.environ.get('ELBOWSYNTH_LOG_EVERY_S', 15))
+    start = last_line = first_done = time.monotonic()
+    bar, visible = _progress_bar(desc, total)
+    with bar:
         for i,item in enumerate(items, 1):
             yield item
             bar.update()
             now = time.monotonic()
-            if i==1: first = now                                    # the first round warms up: it tells little about the rest
-            left = (total-i)*((now-first)/(i-1) if i>1 else now-start)
-            if max_minutes and left>60*max_minutes and (i==4 or i<4 and now-start>30): raise TimeLimitExceeded(
-                f'{desc} would take about {format_duration(left)} on this machine, more than the {max_minutes:g} minutes it may. Choose a profile '
-                '(`make study PROFILE=demo`, `make lab PROFILE=demo`), or set the parameter `minutes` to 0 to run it all the same.')
-            if not screen and i<total and now-said>log_every_s:
-                print(f'{desc}: {i} of {total}, {format_duration(now-start)} so far, about {format_duration(left)} left', flush=True)
-                said = now
+            if i==1: first_done = now                               # the first item includes the warm-up
+            seconds_per_item = (now-first_done)/(i-1) if i>1 else now-start
+            remaining = (total-i)*seconds_per_item
+            check = i==4 or i<4 and now-start>30
+            if max_minutes and check and remaining>60*max_minutes: raise TimeLimitExceeded(
+                f'{desc} would take about {format_duration(remaining)} on this machine, more than max_minutes={max_minutes:g}; fix: choose '
+                'a smaller profile (`make study PROFILE=demo`, `make lab PROFILE=demo`), or set max_minutes to 0 for no limit')
+            if not visible and i<total and now-last_line>log_every_s:
+                print(f'{desc}: {i} of {total}, {format_duration(now-start)} so far, about {format_duration(remaining)} left', flush=True)
+                last_line = now
 
 # %% ../nbs/0_core/00_core.ipynb #2812dc11
 def parallel_map(
-    f, # Function of one item; numpy, OpenCV or files do its work
-    items, # What to go through; asked for one item at a time
-    n_threads:int=0, # Threads; 0 for as many as there are cores, 1 for none
+    f, # Function of one item that spends its time in numpy, OpenCV or files
+    items, # Items; requested one at a time
+    n_threads:int=0, # Threads; 0 for one per processor core, 1 for none
 ): # Yields `f(item)`, in the order of the items
-    "Work out `f` of each item on several cores at once, a few ahead of whoever asks"
-    n_threads = n_threads or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
-    if n_threads==1: yield from map(f, items); return
-    ahead, turn = deque(), sys.getswitchinterval()
-    sys.setswitchinterval(5e-5)                                     # else whoever computes for a moment waits 5 ms for the next turn
+    "Apply `f` to each item in several threads, a few items ahead of the consumer"
+    if not n_threads: n_threads = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    if n_threads==1:
+        yield from map(f, items)
+        return
+    futures, switch_interval = deque(), sys.getswitchinterval()
+    sys.setswitchinterval(5e-5)                                     # the default of 5 ms lets short computations wait
     with ThreadPoolExecutor(n_threads) as pool:
         try:
             for item in items:
-                ahead.append(pool.submit(f, item))
-                if len(ahead)>2*n_threads: yield ahead.popleft().result()
-            while ahead: yield ahead.popleft().result()
-        finally:                                                    # also when somebody stops asking, or one of them fails
+                futures.append(pool.submit(f, item))
+                if len(futures)>2*n_threads: yield futures.popleft().result()
+            while futures: yield futures.popleft().result()
+        finally:                                                    # also when the consumer stops or an item fails
             pool.shutdown(cancel_futures=True)
-            sys.setswitchinterval(turn)
+            sys.setswitchinterval(switch_interval)
 
 # %% ../nbs/0_core/00_core.ipynb #a80659c6
 def show_images(
-    images, # Grey images, each (h, w), uint8 or in [0, 1]
-    titles:list[str]=None, # One for each
-    cols:int=6, # Pictures a row
-    size:float=1.7, # Inches of a picture's side
+    images, # Gray images, each (h, w), uint8 or float in [0, 1]
+    titles:list[str]=None, # One for each image
+    cols:int=6, # Images in a row
+    size:float=1.7, # Side of an image in inches
 ):
-    "A sheet of radiographs, grey, without axes: the one way that pictures are shown in these pages"
+    "Show gray images in rows, without axes"
     import matplotlib.pyplot as plt
-    rows = -(-len(images)//cols)
-    fig, axes = plt.subplots(rows, min(cols, len(images)), figsize=(size*min(cols, len(images)), (size+.25*bool(titles))*rows), dpi=72, squeeze=False)
+    rows, cols = -(-len(images)//cols), min(cols, len(images))
+    row_height = size+.25 if titles else size
+    fig, axes = plt.subplots(rows, cols, figsize=(size*cols, row_height*rows), dpi=72, squeeze=False)
     for ax in axes.flat: ax.axis('off')
-    for ax,img,title in zip(axes.flat, images, titles or ['']*len(images)):
-        img = np.asarray(img)
-        ax.imshow(img, cmap='gray', vmin=0, vmax=255 if img.dtype==np.uint8 else 1, interpolation='antialiased')
+    for ax,image,title in zip(axes.flat, images, titles or ['']*len(images)):
+        image = np.asarray(image)
+        white = 255 if image.dtype==np.uint8 else 1
+        ax.imshow(image, cmap='gray', vmin=0, vmax=white, interpolation='antialiased')
         ax.set_title(title, fontsize=7, pad=3)
-    fig.subplots_adjust(0, 0, 1, .86 if titles and rows==1 else .95 if titles else 1, .03, .16 if titles else .03)
+    if not titles: top = 1
+    else: top = .86 if rows==1 else .95
+    fig.subplots_adjust(0, 0, 1, top, .03, .16 if titles else .03)
     return fig
 
 # %% ../nbs/0_core/00_core.ipynb #57295d5a
 def content_hash(
-    *parts, # Arrays, or anything that JSON knows
+    *parts, # Arrays, or values that JSON can hold
 )->str: # Twelve hexadecimal digits
-    "A short name for the contents of `parts`"
-    h = hashlib.sha256()
-    for p in parts: h.update(np.ascontiguousarray(p).tobytes()+str(p.shape).encode() if isinstance(p, np.ndarray) else json.dumps(round_floats(p), sort_keys=True).encode())
-    return h.hexdigest()[:12]
+    "A hash of the contents of `parts`"
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray): data = np.ascontiguousarray(part).tobytes()+str(part.shape).encode()
+        else: data = json.dumps(round_floats(part), sort_keys=True).encode()
+        digest.update(data)
+    return digest.hexdigest()[:12]
+
+# %% ../nbs/0_core/00_core.ipynb #c76f4190
+def _read_config(folder):
+    "The configuration of a run folder; None if it has none"
+    path = folder/'config.json'
+    return json.loads(path.read_text()) if path.is_file() else None
 
 def claim_run_dir(
-    folder:Path, # The folder of a long run
-    config:dict, # All that its contents depend on, except how far the run goes
-)->bool: # Whether the folder already held work of the same cause
-    "Make `folder` belong to `cause`, setting aside what another cause left there"
+    folder:Path, # Folder of a long run
+    config:dict, # All that its contents depend on, except the length of the run
+)->bool: # Whether the folder already has results of this configuration
+    "Reserve `folder` for a configuration; results of another one are moved to `NAME-previous-N`"
     folder, config = Path(folder), round_floats(config)
-    of = lambda f: json.loads((f/'cause.json').read_text()) if (f/'cause.json').is_file() else None
-    if of(folder)==config: return True
-    back = [p for p in folder.parent.glob(f'{glob.escape(folder.name)}-before-*') if of(p)==config]
-    if of(folder) is not None:
-        aside = next(p for i in range(1, 1000) if not (p := folder.with_name(f'{folder.name}-before-{i}')).exists())
+    present = _read_config(folder)
+    if present==config: return True
+    previous = folder.parent.glob(f'{glob.escape(folder.name)}-previous-*')
+    matching = [p for p in previous if _read_config(p)==config]
+    if present is not None:
+        names = (folder.with_name(f'{folder.name}-previous-{i}') for i in range(1, 1000))
+        aside = next(p for p in names if not p.exists())
         folder.rename(aside)
-        print(f'{folder.name} was made with other films or settings: that work is kept as {aside.name}')
-    if back: back[0].rename(folder)
-    else: save_json(folder/'cause.json', config)
-    return bool(back)
+        print(f'{folder.name} was made with other data or settings; it is kept as {aside.name}')
+    if matching: matching[0].rename(folder)
+    else: save_json(folder/'config.json', config)
+    return bool(matching)
+
+# %% ../nbs/0_core/00_core.ipynb #7ed668bb
+class LazyPackage(types.ModuleType):
+    "A package that imports the module of a public name when the name is first used"
+    def __getattr__(self, name):
+        public = self.__dict__.get('PUBLIC', {})
+        if name not in public: raise AttributeError(f'module {self.__name__!r} has no attribute {name!r}')
+        module = importlib.import_module(f'{self.__name__}.{public[name]}')
+        self.__dict__[name] = getattr(module, name)
+        return self.__dict__[name]
+    def __setattr__(self, name, value):
+        "Python sets an imported submodule as attribute; it must not replace a public name"
+        if name in self.__dict__.get('PUBLIC', {}) and isinstance(value, types.ModuleType): return
+        super().__setattr__(name, value)
+    def __dir__(self): return sorted({*self.__dict__, *self.PUBLIC})
+
+def lazy_exports(
+    package:str, # `__name__` of the subpackage
+    public:dict[str,str], # Public name to the module that defines it
+)->list[str]: # Value for `__all__`
+    "Hand on the public names of a subpackage without importing its modules"
+    sys.modules[package].__class__ = LazyPackage
+    return sorted(public)

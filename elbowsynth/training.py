@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['get_device', 'configure_device', 'to_tensor', 'to_uint8', 'batch_indices', 'checkpoint_steps', 'JsonlLogger',
            'read_log', 'previous_checkpoint', 'save_checkpoint', 'load_checkpoint', 'TrainingDiverged', 'NanGuard',
-           'all_finite', 'restore_last_finite', 'save_samples']
+           'all_finite', 'restore_last_finite', 'save_samples', 'lr_factor', 'EMA']
 
 # %% ../nbs/0_core/04_training.ipynb #b2d30c78
-import ctypes, json, os, shutil, sys, time
+import contextlib, ctypes, json, os, shutil, sys, time
 import numpy as np, pandas as pd, torch
 from pathlib import Path
 from safetensors import safe_open
@@ -21,208 +21,322 @@ def get_device(
     name:str='auto', # `cuda`, `cuda:1`, `cpu`, or `auto` for a GPU if there is one
 )->torch.device:
     "The device to train on"
-    if name.startswith('cuda') and not torch.cuda.is_available(): raise RuntimeError(
-        f'device {name!r} was asked for, but torch {torch.__version__} sees no GPU: check the driver, or set `device` to "auto" or "cpu"')
-    return torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if name=='auto' else name)
+    has_gpu = torch.cuda.is_available()
+    if name.startswith('cuda') and not has_gpu: raise RuntimeError(
+        f'device {name!r} is not available: torch {torch.__version__} finds no GPU; '
+        'fix: check the driver, or set device to "auto" or "cpu"')
+    if name=='auto': name = 'cuda' if has_gpu else 'cpu'
+    return torch.device(name)
 
 # %% ../nbs/0_core/04_training.ipynb #4673ee99
 def configure_device(
-    device:torch.device, # Where to train
+    device:torch.device, # Device to train on
 )->torch.device: # The same
-    "Settle what belongs to a device, not to a model: memory that is kept (CPU, glibc), TF32 and the fastest convolutions (CUDA)"
+    "Settings of a device: memory that glibc keeps (CPU on Linux), TF32 and the fastest convolutions (CUDA)"
     if device.type=='cpu' and sys.platform=='linux':
+        options = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, 2**31-1)}      # of malloc.h
         try:
-            for what,value in ((-4, 0), (-1, 2**31-1)): ctypes.CDLL(None).mallopt(what, value)    # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+            for option,value in options.values(): ctypes.CDLL(None).mallopt(option, value)
         except AttributeError: pass                                 # another C library
     if device.type=='cuda':
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     return device
 
 # %% ../nbs/0_core/04_training.ipynb #e8b94fd5
 def to_tensor(
     images, # (n, h, w) uint8, an array or a tensor on any device
 )->torch.Tensor: # (n, 1, h, w) float32 in [-1, 1], on the same device
-    "Bytes as a network sees them"
+    "Images as input of a network"
     return torch.as_tensor(images)[:, None].float()/127.5-1
 
 def to_uint8(
-    x:torch.Tensor, # (n, 1, h, w) in [-1, 1]; what lies outside is clipped
+    x:torch.Tensor, # (n, 1, h, w) in [-1, 1]; other values are clipped
 )->np.ndarray: # (n, h, w) uint8
-    "A network's films as bytes, rounded to the nearest"
-    return ((x.detach().float().clamp(-1, 1)+1)*127.5).round().to(torch.uint8)[:, 0].cpu().numpy()
+    "Output of a network as images, rounded to the nearest gray level"
+    scaled = (x.detach().float().clamp(-1, 1)+1)*127.5
+    return scaled.round().to(torch.uint8)[:, 0].cpu().numpy()
 
 # %% ../nbs/0_core/04_training.ipynb #cd91eede
 def batch_indices(
-    n:int, # Films
-    batch_size:int, # Films in a batch
-    epochs:int, # Passes
-    seed:int=0, # Of the shuffles
+    n:int, # Images
+    batch_size:int, # Images in a batch
+    epochs:int, # Epochs
+    seed:int=0, # Seed of the shuffles
     start:int=0, # Batches already done
 ):
-    "Yield index arrays (batch,) from `start` until every film was drawn `epochs` times; the last batch may begin another pass"
-    order = {}
-    for i in range(start, -(-epochs*n//batch_size)):
-        at = np.arange(i*batch_size, (i+1)*batch_size)
-        for k in set(at//n)-set(order): order[k] = np.random.default_rng((seed, int(k))).permutation(n)
-        yield np.array([order[j//n][j%n] for j in at])
-        for k in [k for k in order if k<at[-1]//n]: del order[k]
+    "Yield index arrays (batch_size,) until each image was used `epochs` times; the last batch may begin another epoch"
+    shuffled = {}                                                   # epoch to permutation
+    for batch in range(start, -(-epochs*n//batch_size)):
+        positions = np.arange(batch*batch_size, (batch+1)*batch_size)
+        for epoch in set(positions//n)-set(shuffled):
+            shuffled[epoch] = np.random.default_rng((seed, int(epoch))).permutation(n)
+        yield np.array([shuffled[p//n][p%n] for p in positions])
+        for epoch in [e for e in shuffled if e<positions[-1]//n]: del shuffled[epoch]
 
 # %% ../nbs/0_core/04_training.ipynb #b0469553
 def checkpoint_steps(
-    n:int, # Films
-    batch_size:int, # Films in a batch
-    epochs:int, # Passes in all
-    checkpoint_every:int, # Passes between two checkpoints
-)->dict[int,int]: # Batches done to passes done, epoch 0 and the last included
-    "When to save and sample: before training, every `every` passes (Section 3.3: 500), and at the end"
-    return {-(-e*n//batch_size): e for e in sorted({*range(0, epochs+1, checkpoint_every), epochs})}
+    n:int, # Images
+    batch_size:int, # Images in a batch
+    epochs:int, # Epochs
+    checkpoint_every:int, # Epochs between two checkpoints
+)->dict[int,int]: # Batches done to epochs done, with epoch 0 and the last
+    "When to save and sample: before training, every `checkpoint_every` epochs (Section 3.3: 500), and at the end"
+    at_epochs = sorted({*range(0, epochs+1, checkpoint_every), epochs})
+    return {-(-epoch*n//batch_size): epoch for epoch in at_epochs}
 
 # %% ../nbs/0_core/04_training.ipynb #a2b98bde
+def _records_until(path, step):
+    "Lines of a log up to a step, without one that was cut off"
+    if not path.exists(): return []
+    lines = [line for line in path.read_text().splitlines() if line.endswith('}')]
+    return [line for line in lines if json.loads(line)['step']<=step]
+
 class JsonlLogger:
-    "Append records to a JSONL file and, if asked, to TensorBoard"
+    "Append records to a JSONL file and, if wanted, to TensorBoard"
     def __init__(self,
         path:Path, # The file
-        step:int=0, # Where the run stands: records of later steps are dropped
-        tensorboard:bool=False, # Whether to write a folder `tensorboard` beside the file, too
-        images_per_step:int=0, # Films in a step; if given, records say how many were seen per second
+        step:int=0, # Steps done; records of later steps are dropped
+        tensorboard:bool=False, # Whether to write for TensorBoard, too
+        images_per_step:int=0, # Images in a step; if given, records contain `images_per_second`
     ):
-        self.path, self.films, self.seen, kept = Path(path), images_per_step, (step, time.monotonic()), []
-        if self.path.exists(): kept = [l for l in self.path.read_text().splitlines() if l.endswith('}') and json.loads(l)['step']<=step]
-        with atomic_write(self.path) as part: part.write_text(''.join(l+'\n' for l in kept))
-        self.board = None
+        self.path, self.images_per_step = Path(path), images_per_step
+        self.last_record = step, time.monotonic()
+        lines = _records_until(self.path, step)
+        with atomic_write(self.path) as part: part.write_text(''.join(line+'\n' for line in lines))
+        self.summary_writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.path.parent/'tensorboard'/self.path.stem, purge_step=step+1)
+            folder = self.path.parent/'tensorboard'/self.path.stem
+            self.summary_writer = SummaryWriter(folder, purge_step=step+1)
+
     def write(self,
         step:int, # Steps done
         **values, # Numbers, and tensors of one number
     ):
-        "Add a record; what is not finite is written as null"
+        "Add a record; NaN and infinity are written as null"
         tensors = {k: v.detach().double() for k,v in values.items() if isinstance(v, torch.Tensor)}
         if tensors: values |= dict(zip(tensors, torch.stack(list(tensors.values())).tolist()))
+        last_step, last_time = self.last_record
         now = time.monotonic()
-        if self.films and step>self.seen[0]: values['films_per_second'] = (step-self.seen[0])*self.films/max(now-self.seen[1], 1e-9)
-        self.seen = step, now
-        values = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k,v in values.items()}
+        if self.images_per_step and step>last_step:
+            values['images_per_second'] = (step-last_step)*self.images_per_step/max(now-last_time, 1e-9)
+        self.last_record = step, now
+        for k,v in values.items():
+            if isinstance(v, float) and not np.isfinite(v): values[k] = None
         with self.path.open('a') as f: f.write(json.dumps(round_floats({'step': step, **values}))+'\n')
-        if self.board:
-            for k,v in values.items():
-                if isinstance(v, (int, float)): self.board.add_scalar(k, v, step)
-            self.board.flush()
+        if not self.summary_writer: return
+        for k,v in values.items():
+            if isinstance(v, (int, float)): self.summary_writer.add_scalar(k, v, step)
+        self.summary_writer.flush()
 
 # %% ../nbs/0_core/04_training.ipynb #f0286f5d
 def read_log(
     path:Path, # A `log.jsonl`
 )->pd.DataFrame: # A row for each record
-    "What a run wrote down"
+    "The records of a log"
     return pd.read_json(require_path(path, Path(path).parent.name), lines=True)
 
 # %% ../nbs/0_core/04_training.ipynb #4e810a4e
 def previous_checkpoint(
     path:Path, # A checkpoint
-)->Path: # Where the one before it is kept
-    "The name of the last checkpoint but one"
-    return Path(path).with_name(f'{Path(path).stem}-before{Path(path).suffix}')
+)->Path: # Path of the checkpoint before it
+    "Where the previous checkpoint is kept"
+    return Path(path).with_name(f'{Path(path).stem}-previous{Path(path).suffix}')
+
+def _rng_states(generator):
+    "States of the random generators, by the names that they have in a checkpoint"
+    states = {'rng/cpu': torch.get_rng_state()}
+    if generator: states['rng/run'] = generator.get_state()
+    if torch.cuda.is_initialized():
+        for i,state in enumerate(torch.cuda.get_rng_state_all()): states[f'rng/cuda:{i}'] = state
+    return states
 
 def save_checkpoint(
-    path:Path, # Where to
+    path:Path, # File to write
     modules:dict, # Name to network
     optimizers:dict, # Name to optimizer
-    generator:torch.Generator=None, # The run's own random numbers, if it has any
-    keep_previous:bool=False, # Whether the checkpoint that was there is kept beside
-    **state, # Numbers and text to find again: step, epoch, ...
+    generator:torch.Generator=None, # The run's own random generator, if it has one
+    keep_previous:bool=False, # Whether to keep the present checkpoint as `previous_checkpoint(path)`
+    **state, # Numbers and text, such as step and epoch
 ):
-    "Write all that a run needs to go on as if it had not stopped"
-    tensors = {f'{k}/{n}': t for k,m in modules.items() for n,t in m.state_dict().items()}
-    for k,o in optimizers.items():
-        for i,s in o.state_dict()['state'].items():
-            tensors |= {f'{k}/{i}/{n}': v for n,v in s.items() if isinstance(v, torch.Tensor)}
-            state[f'{k}/{i}'] = {n: v for n,v in s.items() if not isinstance(v, torch.Tensor)}
-    tensors |= {'random/cpu': torch.get_rng_state()} | ({'random/own': generator.get_state()} if generator else {})
-    tensors |= {f'random/cuda:{i}': s for i,s in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])}
+    "Write all that a run needs to resume bit-identically"
+    tensors = {f'{name}/{key}': t for name,module in modules.items() for key,t in module.state_dict().items()}
+    for name,optimizer in optimizers.items():
+        for i,values in optimizer.state_dict()['state'].items():
+            others = {}
+            for key,value in values.items():
+                if isinstance(value, torch.Tensor): tensors[f'{name}/{i}/{key}'] = value
+                else: others[key] = value
+            state[f'{name}/{i}'] = others
+    tensors |= _rng_states(generator)
+    contiguous = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k,t in tensors.items()}
     with atomic_write(path) as part:
-        save_file({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in tensors.items()}, part, metadata={'state': json.dumps(state)})
+        save_file(contiguous, part, metadata={'state': json.dumps(state)})
         with part.open('rb+') as f: os.fsync(f.fileno())
         if keep_previous and Path(path).exists():
-            with atomic_write(previous_checkpoint(path)) as old:
-                try: os.link(path, old)
-                except OSError: shutil.copyfile(path, old)              # a file system without hard links
+            with atomic_write(previous_checkpoint(path)) as previous:
+                try: os.link(path, previous)
+                except OSError: shutil.copyfile(path, previous)     # a file system without hard links
 
 # %% ../nbs/0_core/04_training.ipynb #cb2dc058
+def _tensors_below(f, prefix):
+    "Tensors of an open checkpoint whose names begin with `prefix`, which is removed"
+    return {name[len(prefix):]: f.get_tensor(name) for name in f.keys() if name.startswith(prefix)}
+
+def _restore_rng(states, generator):
+    "Set the random generators to saved states"
+    torch.set_rng_state(states['cpu'])
+    if generator: generator.set_state(states.get('run'))
+    for name,state in states.items():
+        if not name.startswith('cuda:'): continue
+        index = int(name.split(':')[1])
+        if index<torch.cuda.device_count(): torch.cuda.set_rng_state(state, index)      # a resumed run may have fewer GPUs
+
 def load_checkpoint(
     path:Path, # A file that `save_checkpoint` wrote
-    modules:dict, # Name to network, filled in place
-    optimizers:dict=None, # Name to optimizer, filled in place; with them the random numbers are set, too
-    generator:torch.Generator=None, # The run's own random numbers
-)->dict: # The state that was saved beside the tensors
-    "Bring networks, optimizers and random numbers to where they were"
+    modules:dict, # Name to network; modified in place
+    optimizers:dict=None, # Name to optimizer; modified in place. If given, random generators are restored, too
+    generator:torch.Generator=None, # The run's own random generator
+)->dict: # The numbers and text that were saved
+    "Restore networks, optimizers and random generators"
     with safe_open(path, 'pt') as f:
-        state, names = json.loads(f.metadata()['state']), f.keys()
-        part = lambda prefix: {n[len(prefix):]: f.get_tensor(n) for n in names if n.startswith(prefix)}
-        for k,m in modules.items(): m.load_state_dict(part(f'{k}/'))
-        for k,o in (optimizers or {}).items():
-            ids = {int(n.split('/')[0]) for n in part(f'{k}/')} | {int(n[len(k)+1:]) for n in state if n.startswith(f'{k}/')}
-            o.load_state_dict({'state': {i: part(f'{k}/{i}/') | state.pop(f'{k}/{i}', {}) for i in sorted(ids)}, 'param_groups': o.state_dict()['param_groups']})
-        if optimizers is not None:
-            random = part('random/')
-            torch.set_rng_state(random.pop('cpu'))
-            own = random.pop('own', None)
-            if generator: generator.set_state(own)
-            for k,s in random.items():                              # a run may go on with fewer GPUs
-                if int(k.split(':')[1])<torch.cuda.device_count(): torch.cuda.set_rng_state(s, int(k.split(':')[1]))
+        state = json.loads(f.metadata()['state'])
+        for name,module in modules.items(): module.load_state_dict(_tensors_below(f, f'{name}/'))
+        for name,optimizer in (optimizers or {}).items():
+            values = {}                                             # index of the parameter to its optimizer state
+            for key,tensor in _tensors_below(f, f'{name}/').items():
+                i, field = key.split('/', 1)
+                values.setdefault(int(i), {})[field] = tensor
+            for key in [k for k in state if k.startswith(f'{name}/')]:
+                values.setdefault(int(key[len(name)+1:]), {}).update(state[key])
+            sorted_values = {i: values[i] for i in sorted(values)}
+            optimizer.load_state_dict({'state': sorted_values, 'param_groups': optimizer.state_dict()['param_groups']})
+        if optimizers is not None: _restore_rng(_tensors_below(f, 'rng/'), generator)
     return {k: v for k,v in state.items() if '/' not in k}
 
 # %% ../nbs/0_core/04_training.ipynb #0502d469
-class TrainingDiverged(FloatingPointError): "A training whose numbers broke"
+class TrainingDiverged(FloatingPointError): "A loss or a weight is NaN, infinite or too large"
 
 class NanGuard:
-    "Notes, without waiting for the device, the first step in which a number is not finite or too large"
+    "Record, without waiting for the device, the first step with a loss that is NaN, infinite or too large"
     def __init__(self,
-        device:torch.device, # Where the numbers are
-        threshold:float=1e6, # What is too large
+        device:torch.device, # Device of the losses
+        threshold:float=1e6, # Absolute value above which a loss is too large
     ):
-        self.first, self.count, self.limit = *(torch.tensor(v, device=device) for v in (-1, 0)), threshold
-    def watch(self,
+        self.threshold = threshold
+        self.first_bad = torch.tensor(-1, device=device)
+        self.count = torch.tensor(0, device=device)
+    def update(self,
         *values:torch.Tensor, # The losses of a step
     ):
-        "Look at the numbers of one step more"
+        "Check the losses of one more step"
         self.count += 1
-        bad = ~(torch.stack([v.detach().abs().max() for v in values]).max()<self.limit)  # false for what is not a number, too
-        self.first.copy_(torch.where(bad & (self.first<0), self.count, self.first))
-    def broken(self)->int: # Steps watched until the first bad one, that included; 0 if all were good
-        "Read the note: this waits for the device"
-        return max(0, int(self.first))
+        largest = torch.stack([v.detach().abs().max() for v in values]).max()
+        bad = ~(largest<self.threshold)                             # NaN is not less than anything
+        self.first_bad.copy_(torch.where(bad & (self.first_bad<0), self.count, self.first_bad))
+    def first_bad_step(self)->int: # Number of the first bad step, from 1; 0 if there was none
+        "Read the record; this waits for the device"
+        return max(0, int(self.first_bad))
 
 # %% ../nbs/0_core/04_training.ipynb #82b39c27
 def all_finite(
     modules:dict, # Name to network
-)->bool: # Whether every weight and buffer is finite
-    "Whether networks are fit to be kept"
-    return all(bool(t.isfinite().all()) for m in modules.values() for t in m.state_dict().values() if t.is_floating_point())
+)->bool:
+    "Whether every weight and buffer of the networks is finite"
+    tensors = [t for module in modules.values() for t in module.state_dict().values()]
+    return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+
+def _is_finite_file(path):
+    "Whether every tensor of a checkpoint is finite"
+    with safe_open(path, 'pt') as f:
+        for name in f.keys():
+            tensor = f.get_tensor(name)
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()): return False
+    return True
 
 def restore_last_finite(
-    path:Path, # A checkpoint, whose weights may be broken
-)->int|None: # The step of the checkpoint that is now at `path`; None if there is no good one
-    "Make the newest checkpoint whose tensors are all finite the one to go on from"
+    path:Path, # A checkpoint, whose weights may be NaN or infinite
+)->int|None: # Step of the checkpoint that is now at `path`; None if there is none with finite weights
+    "Make the last checkpoint with finite tensors the one to resume from"
     path = Path(path)
-    for p in (path, previous_checkpoint(path)):
-        if not p.exists(): continue
-        with safe_open(p, 'pt') as f: good = all(bool(t.isfinite().all()) for n in f.keys() if (t := f.get_tensor(n)).is_floating_point())
-        if good and p!=path: os.replace(p, path)
-        if good: return load_checkpoint(path, {})['step']
+    for candidate in (path, previous_checkpoint(path)):
+        if not candidate.exists() or not _is_finite_file(candidate): continue
+        if candidate!=path: os.replace(candidate, path)
+        return load_checkpoint(path, {})['step']
 
 # %% ../nbs/0_core/04_training.ipynb #87e38da5
 def save_samples(
     folder:Path, # `OUT/samples`
-    epoch:int, # Passes done
-    names:list[str], # Pairs
+    epoch:int, # Epochs done
+    names:list[str], # Names of the pairs
     images:np.ndarray, # (n, h, w) uint8
-)->Path: # The epoch's folder
-    "Write an epoch's films into a folder that is whole or absent; one of that name is replaced"
-    done = Path(folder)/f'{epoch:04d}'
-    part = done.with_name(f'.{done.name}')
-    for d in (part, done):
-        if d.exists(): [p.unlink() for p in d.iterdir()], d.rmdir()
+)->Path: # Folder of the epoch
+    "Write the images of an epoch; a folder of the same name is replaced"
+    final = Path(folder)/f'{epoch:04d}'
+    part = final.with_name(f'.{final.name}')
+    for old in (part, final):
+        if not old.exists(): continue
+        for path in old.iterdir(): path.unlink()
+        old.rmdir()
     part.mkdir(parents=True)
     for name,image in zip(names, images, strict=True): write_png(part/f'{name}.png', image)
-    return part.rename(done)
+    return part.rename(final)
+
+# %% ../nbs/0_core/04_training.ipynb #5c1e7a02
+def lr_factor(
+    step:int, # Steps done, from 0
+    total_steps:int, # Steps of the whole training
+    schedule:str='constant', # constant, linear or cosine (to zero at the end), or trapezoid
+    warmup_steps:int=0, # Steps of linear warm-up
+)->float: # From 0 to 1
+    "What the learning rate is multiplied by; `trapezoid` rises, stays at 1 and falls in the last quarter"
+    if schedule=='trapezoid':
+        return max(0, min((step+1)/warmup_steps, 1, 4*(1-step/total_steps)))
+    warmup = min(1, step/warmup_steps) if warmup_steps else 1
+    progress = step/max(1, total_steps)
+    decay = {'constant': 1, 'linear': 1-progress, 'cosine': (1+np.cos(np.pi*progress))/2}[schedule]
+    return float(warmup*decay)
+
+# %% ../nbs/0_core/04_training.ipynb #5c1e7a04
+class EMA:
+    "Exponential moving average of the trainable weights, in float32"
+    def __init__(self,
+        modules:dict, # Name to network
+        decay:float, # Weight of the old average in a step; 0 for no average
+        ramp:bool=False, # Whether the decay rises from .1 to `decay`, as (1+step)/(10+step)
+    ):
+        self.decay, self.ramp = decay, ramp
+        self.params = {f'{k}/{n}': p for k,m in modules.items() for n,p in m.named_parameters()
+                       if p.requires_grad and decay}
+        self.shadow_params = {n: p.detach().float().clone() for n,p in self.params.items()}
+
+    @torch.no_grad()
+    def update(self,
+        step:int=0, # Steps done before this one; used by `ramp` only
+    ):
+        "Move the average towards the weights after a training step"
+        decay = min(self.decay, (1+step)/(10+step)) if self.ramp else self.decay
+        for n,p in self.params.items(): self.shadow_params[n].lerp_(p.detach().float(), 1-decay)
+
+    @torch.no_grad()
+    def copy_to_model(self):
+        "Overwrite the weights by their average"
+        for n,p in self.params.items(): p.copy_(self.shadow_params[n])
+
+    @contextlib.contextmanager
+    def applied(self):
+        "Within the block the networks have the average for weights"
+        trained = {n: p.detach().clone() for n,p in self.params.items()}
+        self.copy_to_model()
+        try: yield
+        finally:
+            with torch.no_grad():
+                for n,p in self.params.items(): p.copy_(trained[n])
+
+    def state_dict(self): return self.shadow_params
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict):
+        for n,t in self.shadow_params.items(): t.copy_(state_dict[n])

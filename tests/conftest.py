@@ -1,11 +1,17 @@
-"What every test can use, and the word on what was left out"
+"Helpers for all tests, and a list of the tests that were left out"
 import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = os.environ.get('ELBOWSYNTH_ALL', '') not in ('', '0')
 left_out = []
+
+# Property tests draw the same examples each time, and new ones in `make fuzz`
+settings.register_profile('same', derandomize=True)
+settings.register_profile('new', print_blob=True)
+settings.load_profile(os.environ.get('ELBOWSYNTH_HYPOTHESIS') or 'same')
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'long(why): takes minutes; left out unless ALL=1')
@@ -16,25 +22,33 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [i for i in items if not i.get_closest_marker('long')]
 
 def pytest_terminal_summary(terminalreporter):
-    skipped = [(r.nodeid, r.longrepr[2].removeprefix('Skipped: ')) for r in terminalreporter.stats.get('skipped', [])]
+    skipped = []
+    for report in terminalreporter.stats.get('skipped', []):
+        skipped.append((report.nodeid, report.longrepr[2].removeprefix('Skipped: ')))
     if not left_out+skipped: return
     terminalreporter.section('left out')
     for name, why in left_out+skipped: terminalreporter.write_line(f'{name}: {why}')
-    if left_out: terminalreporter.write_line('`make test ALL=1` runs the long ones, too')
+    if left_out: terminalreporter.write_line('`make test ALL=1` includes the long tests')
 
 def sh(*command, cwd=ROOT, check=True, timeout=1200, **env):
-    "Run a command of this environment and return it finished, its output as text"
+    "Run a command of this environment; the finished process, its output as text"
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     base = {k: v for k, v in os.environ.items() if not k.startswith('ELBOWSYNTH_') and k != 'JPY_SESSION_NAME'}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
-                          env=base | {'PATH': path, 'JUPYTER_PREFER_ENV_PATH': '1', 'HF_HUB_OFFLINE': '1'} | env)
-    if check and done.returncode: pytest.fail(f'{" ".join(map(str, command))} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}')
+    base |= {'PATH': path, 'JUPYTER_PREFER_ENV_PATH': '1', 'HF_HUB_OFFLINE': '1'} | env
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, env=base)
+    if check and done.returncode:
+        pytest.fail(f'{" ".join(map(str, command))} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}')
     return done
 
 def copy_of_checkout(to):
-    "What a clone would hold: the files that git knows, as they are here"
-    if shutil.which('git'): names = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
-    else: names = [str(p.relative_to(ROOT)) for p in ROOT.rglob('*') if p.is_file() and not {'.venv', '_runs', '_docs', '_proc', '.git', '__pycache__'} & set(p.relative_to(ROOT).parts)]
+    "Copy what a clone would contain: the files that git knows, and new ones that it does not ignore, in their present state"
+    if shutil.which('git'):
+        command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
+    else:
+        ignored = {'.venv', '_runs', '_docs', '_proc', '.git', '__pycache__'}
+        paths = [p.relative_to(ROOT) for p in ROOT.rglob('*') if p.is_file()]
+        names = [str(p) for p in paths if not ignored & set(p.parts)]
     for name in names:
         if name and (ROOT/name).exists():
             (to/name).parent.mkdir(parents=True, exist_ok=True)

@@ -338,16 +338,16 @@ def test_bounds_for_mmd_hold():
         assert np.isclose(bandwidth_for(mmd2(x, y, 'paper_A'), gap), 10, rtol=.02)     # wide kernels measure the gap, and so the bandwidth can be read off
 
 def test_the_paper_agrees_with_itself_and_leaves_five_conventions():
-    from elbowsynth.paper import PAPER_TABLE1_ROWS
+    from elbowsynth.paper import table1_rows
     from elbowsynth.evaluation.conventions import (
         implied_in_mask_score, implied_mask_area, implied_noise, possible_conventions)
-    t = implied_noise(PAPER_TABLE1_ROWS)
+    t = implied_noise(table1_rows())
     of = {(o.metric, o.kind): o.noise for o in t.itertuples()}
     assert t.agree.all() and len(t)==6
     assert np.isclose(of['mmd', 'noise'], 6.497e-3, rtol=1e-3) and np.isclose(of['mmd', 'mask'], 2.935e-3, rtol=1e-3)
     share = implied_mask_area(of['ssim', 'mask'], of['ssim', 'noise'])
     assert np.isclose((1-share)+share*implied_in_mask_score(.8, share), .8)
-    assert not implied_noise([*PAPER_TABLE1_ROWS, ('ssim', 'other', 'noise', .4, 2., 5e-4)]).agree.all()
+    assert not implied_noise([*table1_rows(), ('ssim', 'other', 'noise', .4, 2., 5e-4)]).agree.all()
     claims = {('ssim', 'noise'): of['ssim', 'noise'], ('ms_ssim', 'noise'): of['ms_ssim', 'noise'], ('mmd', 'noise'): of['mmd', 'noise'], ('mmd', 'best'): 1.373e-4}
     found = possible_conventions(claims, 1024, 898, 2048, (.3, 1.5))
     assert found.possible.sum()==5 and set(found.claim[found.possible])=={'ssim of noise', 'ms_ssim of noise', 'mmd of noise'}

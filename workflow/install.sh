@@ -1,16 +1,16 @@
 #!/bin/sh
-# Make .venv from requirements.lock with uv if it is there or pip can bring it, else with pip. Run from the root of the checkout.
+# Install requirements.lock into .venv with uv (which pip installs if it is missing), else with pip. Run from the root of the checkout.
 set -eu
 for p in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
     if "$p" -c 'import sys; sys.exit(not (3,11)<=sys.version_info[:2]<=(3,13))' 2>/dev/null; then python=$p; break; fi
 done
-if [ -z "${python:-}" ]; then echo "elbowsynth needs Python 3.11, 3.12 or 3.13; none of python3, python3.13, python3.12, python3.11 is one (set PYTHON=/path/to/python)"; exit 1; fi
+if [ -z "${python:-}" ]; then echo "elbowsynth requires Python 3.11, 3.12 or 3.13; not found as python3, python3.13, python3.12 or python3.11; fix: set PYTHON=/path/to/python"; exit 1; fi
 start=$(date +%s)
-echo "Installing into .venv with $("$python" --version) (once; about a minute on a good line, and 6 GB on disk) ..."
-"$python" -m venv --clear .venv || { echo "$python cannot make environments: on Debian and Ubuntu install python3-venv"; exit 1; }
+echo "Installing into .venv with $("$python" --version) (once; about a minute on a fast connection, 6 GB on disk) ..."
+"$python" -m venv --clear .venv || { echo "$python cannot create environments; fix: on Debian and Ubuntu install python3-venv"; exit 1; }
 if command -v uv >/dev/null 2>&1; then uv=uv; else
     uv=.venv/bin/uv
-    sed -n '/^uv==/,/[^\\]$/p' requirements.lock > .venv/uv.txt      # the locked one, with its hashes
+    sed -n '/^uv==/,/[^\\]$/p' requirements.lock > .venv/uv.txt      # the locked version, with its hashes
     .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r .venv/uv.txt >/dev/null 2>&1 || uv=
 fi
 if [ -n "$uv" ] && "$uv" --version >/dev/null 2>&1
@@ -18,6 +18,8 @@ then VIRTUAL_ENV="$PWD/.venv" "$uv" pip install -q --require-hashes -r requireme
 else .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
 fi
 .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --use-pep517 -e .
-.venv/bin/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" >/dev/null 2>&1 || :    # it would ask the web for news
+.venv/bin/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" >/dev/null 2>&1 || :    # it would request news from the web
+mkdir -p .venv/share/jupyter/lab/settings           # in JupyterLab the start page is listed before the folders
+echo '{"@jupyterlab/filebrowser-extension:browser": {"sortNotebooksFirst": true}}' > .venv/share/jupyter/lab/settings/overrides.json
 echo "$(($(date +%s)-start))" > .venv/installed
 echo "Installed in $(cat .venv/installed) s."

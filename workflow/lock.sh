@@ -1,5 +1,5 @@
 #!/bin/sh
-# requirements.lock: every package of settings.ini with its hashes, for Linux and macOS, and for the Pythons that setup.py admits.
+# requirements.lock: every package of settings.ini with its hashes, for Linux and macOS and all Python versions that setup.py allows.
 set -eu
 .venv/bin/python - > .venv/requirements.in <<'END'
 from configparser import ConfigParser

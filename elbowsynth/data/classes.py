@@ -16,28 +16,37 @@ VIEWS = ['AP', 'LAT']
 SIDES = ['L', 'R']
 
 # %% ../../nbs/2_data/20_classes.ipynb #600dd90c
-REGIONS = {'joint': ['joint effusion', 'medial epicondyle displaced', 'lateral epicondyle displaced', 'olecranon fracture',
-                     'radial head fracture', 'radial head subluxation'],
-           'humerus': ['distal humerus fracture', 'supracondylar fracture'],
-           'forearm': ['proximal ulnar metaphysis fracture', 'proximal radial fracture'],
-           'whole arm': ['elbow dislocation anterior', 'elbow dislocation posterior', 'soft tissue swelling']}
+REGIONS = {
+    'joint': ['joint effusion', 'medial epicondyle displaced', 'lateral epicondyle displaced',
+              'olecranon fracture', 'radial head fracture', 'radial head subluxation'],
+    'humerus': ['distal humerus fracture', 'supracondylar fracture'],
+    'forearm': ['proximal ulnar metaphysis fracture', 'proximal radial fracture'],
+    'whole arm': ['elbow dislocation anterior', 'elbow dislocation posterior',
+                  'soft tissue swelling']}
 
 def region_of(
     pathology:str, # One of `PATHOLOGIES`
 )->str|None: # A key of `REGIONS`; None for `normal`
-    "The area in which a pathology's mask is drawn"
-    if pathology not in PATHOLOGIES: raise ValueError(f'unknown pathology {pathology!r}: one of {", ".join(PATHOLOGIES)}')
+    "The region that a pathology's mask covers"
+    if pathology not in PATHOLOGIES:
+        known = ', '.join(PATHOLOGIES)
+        raise ValueError(f'unknown pathology {pathology!r}; expected one of {known}')
     return next((r for r,names in REGIONS.items() if pathology in names), None)
 
 # %% ../../nbs/2_data/20_classes.ipynb #4610d5b5
 def caption(
     view:str, # `AP` or `LAT`
-    pathologies:list[str]|set[str], # Every pathology of the film, or `['normal']`
+    pathologies:list[str]|set[str], # All pathologies of the radiograph, or `['normal']`
 )->str: # As in Figure 1 and Section 3.1
-    "The film in words"
-    for p in pathologies: region_of(p)                              # refuses what is not a class
-    names = sorted(pathologies, key=PATHOLOGIES.index) if isinstance(pathologies, (set, frozenset)) else list(pathologies)
-    if view not in VIEWS: raise ValueError(f'unknown view {view!r}: one of {", ".join(VIEWS)}')
-    if not names or len(set(names))<len(names) or 'normal' in names and len(names)>1: raise ValueError(
-        f'a film is normal or has pathologies, each of them once, not {names}')
-    return f'{"An anteroposterior" if view=="AP" else "A lateral"} x-ray of an elbow displaying {", ".join(names)}'
+    "The caption of a radiograph"
+    for p in pathologies: region_of(p)                              # refuses unknown classes
+    is_set = isinstance(pathologies, (set, frozenset))
+    names = sorted(pathologies, key=PATHOLOGIES.index) if is_set else list(pathologies)
+    if view not in VIEWS:
+        raise ValueError(f'unknown view {view!r}; expected one of {", ".join(VIEWS)}')
+    has_duplicates = len(set(names))<len(names)
+    is_contradiction = 'normal' in names and len(names)>1
+    if not names or has_duplicates or is_contradiction:
+        raise ValueError(f'invalid pathologies {names}; expected ["normal"] or distinct findings')
+    view_name = 'An anteroposterior' if view=='AP' else 'A lateral'
+    return f'{view_name} x-ray of an elbow displaying {", ".join(names)}'

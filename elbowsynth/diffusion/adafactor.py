@@ -4,42 +4,43 @@
 
 # %% auto #0
 __all__ = ['random_bits', 'round_with_bits', 'stochastic_round', 'to_matrix_stack', 'chunk_indices', 'row_col_square_sums',
-           'scaled_update', 'update_square_sum', 'apply_update', 'Shard', 'get_shard', 'local_shard', 'all_reduce_sums',
-           'is_sharded', 'gather_state', 'shard_state', 'ParamStep', 'prepare_param', 'update_second_moment',
+           'scaled_update', 'update_square_sum', 'apply_update', 'Shard', 'get_shard', 'local_shard', 'is_sharded',
+           'all_reduce_sums', 'gather_state', 'shard_state', 'ParamStep', 'prepare_param', 'update_second_moment',
            'compiled', 'can_compile', 'step_sizes', 'adafactor_step', 'Adafactor']
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #bf6d4b4a
 import functools, os, shutil, warnings
 import torch, torch.distributed as dist
 from typing import NamedTuple
+from fastcore.basics import patch
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #26e7d261
 def random_bits(
-    shape, # Of the numbers to round
-    key:int, # Of 32 bits: other keys, other bits
-    offset:int=0, # Place of the first number in the tensor that it belongs to
-    device:torch.device='cpu', # Where
+    shape:torch.Size, # Of the tensor to round
+    key:int, # Seed, 32 bits
+    offset:int=0, # Index of the first element in the whole tensor, if this is a part of it
+    device:torch.device='cpu',
 )->torch.Tensor: # int32 from 0 to 65535
-    "Bits that depend on the key and the place alone"
+    "Random bits that depend on the key and the index alone"
     h = torch.arange(shape.numel(), dtype=torch.int32, device=device)
     h = (h+offset)*-1640531527+key                                       # int32 wraps around
     h = (h ^ (h>>16 & 0xffff))*0x7feb352d
-    return ((h ^ (h>>15 & 0x1ffff))*-2073319797>>16 & 0xffff).view(shape)
+    h = (h ^ (h>>15 & 0x1ffff))*-2073319797
+    return (h>>16 & 0xffff).view(shape)
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #d830e369
 def round_with_bits(
     x:torch.Tensor, # float32
     bits:torch.Tensor, # int32 from 0 to 65535
 )->torch.Tensor: # bfloat16
-    "Add bits below those that bfloat16 keeps, and cut"
-    cut = (x.contiguous().view(torch.int32)+bits & -65536).view(torch.float32)
-    return torch.where(x.isfinite(), cut, x).bfloat16()
+    "Add random bits below those that bfloat16 keeps, and truncate"
+    truncated = (x.contiguous().view(torch.int32)+bits & -65536).view(torch.float32)
+    return torch.where(x.isfinite(), truncated, x).bfloat16()
 
-# %% ../../nbs/4_diffusion/40_adafactor.ipynb #1bb3dafb
 def stochastic_round(
     x:torch.Tensor, # float32
-    generator:torch.Generator=None, # Of the key, on the CPU; torch's own if None
-)->torch.Tensor: # bfloat16, one of the two neighbours of each number
+    generator:torch.Generator=None, # Draws the key, on the CPU; PyTorch's default if None
+)->torch.Tensor: # bfloat16, one of the two neighbors of each number
     "Round so that the mean over many roundings is `x`"
     key = torch.randint(-2**31, 2**31, (), generator=generator).item()
     return round_with_bits(x.float(), random_bits(x.shape, key, 0, x.device))
@@ -47,293 +48,407 @@ def stochastic_round(
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #e6fb6edb
 def to_matrix_stack(
     x:torch.Tensor, # A parameter or its gradient
-)->torch.Tensor: # (b, m, n), of the same memory
-    "A stack of the matrices that are factored; a vector is one row"
-    return x.view(x.shape[:-2].numel(), *x.shape[-2:]) if x.ndim>1 else x.view(1, 1, -1)
+)->torch.Tensor: # (b, m, n), sharing memory with `x`
+    "View a tensor as a stack of the matrices that are factored; a vector is one row"
+    if x.ndim<=1: return x.view(1, 1, -1)
+    return x.view(x.shape[:-2].numel(), *x.shape[-2:])
 
+# %% ../../nbs/4_diffusion/40_adafactor.ipynb #8319f184
 def chunk_indices(
     shape:tuple, # (b, m, n)
-    max_numel:int, # Numbers in a piece
+    max_numel:int, # Elements of a chunk
 ):
-    "Index pairs that cut a stack: rows of a single matrix, or matrices of a stack"
-    b,m,n = shape[0], *(max(1, k) for k in shape[1:])                   # a card may have no row of a small parameter
-    if b==1: yield from ((slice(None), slice(i, i+max(1, max_numel//n))) for i in range(0, m, max(1, max_numel//n)))
-    else: yield from ((slice(i, i+max(1, max_numel//(m*n))), slice(None)) for i in range(0, b, max(1, max_numel//(m*n))))
+    "Yield index pairs that cut a stack into chunks: rows of a single matrix, or matrices"
+    b = shape[0]
+    m, n = max(1, shape[1]), max(1, shape[2])               # the shard of a GPU may be empty
+    if b==1:
+        n_rows = max(1, max_numel//n)
+        for i in range(0, m, n_rows): yield slice(None), slice(i, i+n_rows)
+    else:
+        n_matrices = max(1, max_numel//(m*n))
+        for i in range(0, b, n_matrices): yield slice(i, i+n_matrices), slice(None)
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #2b173b8b
 def row_col_square_sums(
     g:torch.Tensor, # (b, m, n)
-    compute_dtype:torch.dtype, # To compute in
+    compute_dtype:torch.dtype, # float32 or float64
 )->tuple[torch.Tensor,torch.Tensor]: # (b, m) and (b, n)
-    "The first reading: squares, summed over columns and over rows"
-    (b,m,n), s, one = g.shape, g.to(compute_dtype).square(), torch.eye
-    if b==1 or m*n>64 or not g.is_cpu: return s.sum(-1), s.sum(-2)
-    return (s.view(b, m*n)@torch.cat([one(m, dtype=compute_dtype).repeat_interleave(n, 0), one(n, dtype=compute_dtype).repeat(m, 1)], 1)).split([m, n], 1)
+    "First pass: squared gradients, summed over columns and over rows"
+    b, m, n = g.shape
+    squares = g.to(compute_dtype).square()
+    if b==1 or m*n>64 or not g.is_cpu: return squares.sum(-1), squares.sum(-2)
+    rows = torch.eye(m, dtype=compute_dtype).repeat_interleave(n, 0)
+    columns = torch.eye(n, dtype=compute_dtype).repeat(m, 1)
+    return (squares.view(b, m*n)@torch.cat([rows, columns], 1)).split([m, n], 1)
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #13cc7055
 def scaled_update(
     g:torch.Tensor, # (b, m, n)
-    row_factors:torch.Tensor, # (b, m): what each row is multiplied with
+    row_factors:torch.Tensor, # (b, m)
     col_factors:torch.Tensor, # (b, n)
 )->torch.Tensor: # (b, m, n)
-    "u, or u times the step's size"
+    "The update u, or u times the step size: the gradient times row and column factors"
     if len(g)==1 or not g.is_cpu: return g*col_factors[:, None]*row_factors[..., None]
-    return g*col_factors.repeat(1, g.shape[1]).mul_(row_factors.repeat_interleave(g.shape[2], 1)).view(g.shape)
+    m, n = g.shape[1:]
+    factors = col_factors.repeat(1, m).mul_(row_factors.repeat_interleave(n, 1))
+    return g*factors.view(g.shape)
 
-# %% ../../nbs/4_diffusion/40_adafactor.ipynb #88dd321f
 def update_square_sum(
     g:torch.Tensor, # (b, m, n)
     row_factors:torch.Tensor, # (b, m)
     col_factors:torch.Tensor, # (b, n)
-)->torch.Tensor: # A number
-    "The second reading: the sum of the squares of u"
+)->torch.Tensor: # Scalar
+    "Second pass: the sum of squares of u"
     u = scaled_update(g, row_factors, col_factors).view(-1)
     return u.dot(u) if u.is_cpu else u.square().sum()
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #deb0f87f
 def apply_update(
-    p:torch.Tensor, # (b, m, n), changed
+    p:torch.Tensor, # (b, m, n), changed in place
     g:torch.Tensor, # (b, m, n)
-    row_factors:torch.Tensor, # (b, m), times the step's size
+    row_factors:torch.Tensor, # (b, m), times the step size
     col_factors:torch.Tensor, # (b, n)
-    decay_factor, # What weight decay leaves of a weight
-    offset:int, # Place of the first number in its parameter
-    key:int|None, # For bfloat16 that is rounded at random
+    decay_factor, # What weight decay leaves of a weight: a number or a tensor
+    offset:int, # Index of the first element in its parameter
+    key:int|None, # Seed of stochastic rounding of bfloat16; None to round to nearest
 ):
-    "The third reading: the new weights"
+    "Third pass: write the new weights"
     u = scaled_update(g, row_factors, col_factors)
-    if p.dtype==row_factors.dtype: (p.mul_(decay_factor) if isinstance(decay_factor, torch.Tensor) or decay_factor!=1 else p).sub_(u)
+    if p.dtype==row_factors.dtype:
+        if isinstance(decay_factor, torch.Tensor) or decay_factor!=1: p.mul_(decay_factor)
+        p.sub_(u)
     else:
         new = p.to(row_factors.dtype)*decay_factor-u
-        p.copy_(new if key is None else round_with_bits(new, random_bits(new.shape, key, offset, p.device)))
+        if key is not None:
+            new = round_with_bits(new, random_bits(new.shape, key, offset, p.device))
+        p.copy_(new)
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #2a372a52
 class Shard(NamedTuple):
-    "What of a parameter lies here"
-    first:int # Its first row
-    rows:int # Rows of the whole
-    mesh:object=None # Over which it is cut; None for a parameter that is whole
+    "The part of a parameter that this process holds"
+    first_row:int # Index of its first row
+    n_rows:int # Rows of the whole parameter
+    mesh:object=None # Device mesh over which it is sharded; None if it is not
     def group(self): return self.mesh and self.mesh.get_group()
 
-# %% ../../nbs/4_diffusion/40_adafactor.ipynb #f712f73c
 def get_shard(
     p:torch.Tensor, # A parameter
 )->Shard:
-    "Where the rows lie that are here; the error says what is cut otherwise"
-    rows, placements = p.shape[0] if p.ndim else 1, getattr(p, 'placements', ())
-    cut = [i for i,k in enumerate(placements) if not k.is_replicate()]
-    if not cut: return Shard(0, rows)
-    if len(cut)>1 or not placements[cut[0]].is_shard(0) or type(placements[cut[0]]).__name__!='Shard': raise ValueError(
-        f'a parameter of shape {tuple(p.shape)} is placed as {placements}: this Adafactor knows parameters that are whole or cut once along their first dimension, as fully_shard does')
-    mesh = p.device_mesh if p.device_mesh.ndim==1 else p.device_mesh[p.device_mesh.mesh_dim_names[cut[0]]]
-    each = -(-rows//mesh.size())
-    return Shard(min(rows, each*mesh.get_local_rank()), rows, mesh)
+    "Which rows this process holds; `ValueError` if the parameter is sharded in another way"
+    n_rows = p.shape[0] if p.ndim else 1
+    placements = getattr(p, 'placements', ())
+    sharded = [i for i,placement in enumerate(placements) if not placement.is_replicate()]
+    if not sharded: return Shard(0, n_rows)
+    placement = placements[sharded[0]]
+    by_rows = placement.is_shard(0) and type(placement).__name__=='Shard'
+    if len(sharded)>1 or not by_rows:
+        raise ValueError(f'parameter of shape {tuple(p.shape)} has placements {placements}; '
+                         'expected none, or one shard along the first dimension (`fully_shard`)')
+    mesh = p.device_mesh
+    if mesh.ndim>1: mesh = mesh[mesh.mesh_dim_names[sharded[0]]]
+    rows_per_process = -(-n_rows//mesh.size())
+    return Shard(min(n_rows, rows_per_process*mesh.get_local_rank()), n_rows, mesh)
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #c560cec6
 def local_shard(
-    t:torch.Tensor, # Of any kind
-)->torch.Tensor: # Plain
-    "What of a tensor lies here"
+    t:torch.Tensor, # A tensor, possibly sharded
+)->torch.Tensor: # A plain tensor
+    "The part of a tensor that this process holds"
     return t.to_local() if hasattr(t, 'to_local') else t
 
-# %% ../../nbs/4_diffusion/40_adafactor.ipynb #2419a771
-def all_reduce_sums(
-    sums:list, # Pairs of a tensor, changed in place, and the process group to sum over, or None
-):
-    "Sum each tensor over its cards, all that go the same way in one exchange"
-    ways = {}
-    for t,group in sums:
-        if group is not None: ways.setdefault((group, t.dtype), []).append(t)
-    for (group,_),tensors in ways.items():
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat, group=group)
-        for t,part in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(part.view_as(t))
-
-# %% ../../nbs/4_diffusion/40_adafactor.ipynb #29d23d6e
 def is_sharded(
     p:torch.Tensor, # A parameter
     state_name:str, # row, col, sq or step
 )->bool:
-    "Whether each card has its own rows of a moment: all but the sums over rows of a matrix"
-    return get_shard(p).mesh is not None and state_name!='step' and (state_name!='col' or p.ndim>2)
+    "Whether a state tensor is sharded: all are, but the sums over the rows of a matrix and `step`"
+    if get_shard(p).mesh is None or state_name=='step': return False
+    return state_name!='col' or p.ndim>2
+
+# %% ../../nbs/4_diffusion/40_adafactor.ipynb #2419a771
+def all_reduce_sums(
+    sums:list, # Pairs of a tensor, changed in place, and its process group, or None
+):
+    "Sum tensors over the processes of their groups, in one operation for each group and dtype"
+    buckets = {}
+    for tensor,group in sums:
+        if group is not None: buckets.setdefault((group, tensor.dtype), []).append(tensor)
+    for (group,_),tensors in buckets.items():
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([t.numel() for t in tensors])
+        for tensor,part in zip(tensors, parts): tensor.copy_(part.view_as(tensor))
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #cfc1ae97
 def gather_state(
-    value, # What lies here
+    value, # A state tensor or `step`, as this process holds it
     p:torch.Tensor, # Its parameter
-    state_name:str, # Its name
-): # On every card
-    "Put a moment together from all cards"
+    state_name:str, # row, col, sq or step
+): # The whole, on every process
+    "Gather a state tensor from all processes"
     if not is_sharded(p, state_name): return value
     shard = get_shard(p)
-    parts = [value.new_zeros((-(-shard.rows//shard.mesh.size()), *value.shape[1:])) for _ in range(shard.mesh.size())]
-    mine = torch.zeros_like(parts[0])
-    mine[:len(value)] = value
-    dist.all_gather(parts, mine, group=shard.group())
-    return torch.cat(parts)[:shard.rows]
+    n_processes = shard.mesh.size()
+    rows_per_process = -(-shard.n_rows//n_processes)
+    shape = (rows_per_process, *value.shape[1:])
+    parts = [value.new_zeros(shape) for _ in range(n_processes)]
+    own = torch.zeros_like(parts[0])
+    own[:len(value)] = value
+    dist.all_gather(parts, own, group=shard.group())
+    return torch.cat(parts)[:shard.n_rows]
 
-# %% ../../nbs/4_diffusion/40_adafactor.ipynb #0f7fdd15
 def shard_state(
-    value, # A whole moment
-    p:torch.Tensor, # Its parameter
-    state_name:str, # Its name
+    value, # A state tensor of a whole parameter, or `step`
+    p:torch.Tensor, # The parameter
+    state_name:str, # row, col, sq or step
 ): # On the parameter's device
-    "The part of a moment that lies here"
-    if is_sharded(p, state_name): value = value[get_shard(p).first:][:len(local_shard(p))]
+    "The part of a state tensor that this process holds"
+    if is_sharded(p, state_name): value = value[get_shard(p).first_row:][:len(local_shard(p))]
     return value.to(p.device, copy=True) if isinstance(value, torch.Tensor) else value
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #7704ca61
 class ParamStep(NamedTuple):
-    "A parameter in a step"
-    group:dict # Its settings
-    state:dict # Its moments
-    shard:Shard # Which rows are here
-    whole:torch.Tensor # The parameter
-    p:torch.Tensor # (b, m, n): what of it is here
-    g:torch.Tensor # Likewise, its gradient
-    wide:torch.dtype # To compute in
-    key:int|None # Of its rounding, if at random
+    "What a step needs for one parameter"
+    group:dict # Options of its parameter group
+    state:dict # Optimizer state
+    shard:Shard # The rows that this process holds
+    param:torch.Tensor # The parameter
+    p:torch.Tensor # (b, m, n): the local weights
+    g:torch.Tensor # (b, m, n): the local gradient
+    compute_dtype:torch.dtype # float32 or float64
+    rounding_key:int|None # Seed of stochastic rounding; None to round to nearest
 
-# %% ../../nbs/4_diffusion/40_adafactor.ipynb #968f5061
 def prepare_param(
     p:torch.Tensor, # A parameter with a gradient
-    group:dict, # Its settings
-    state:dict, # Its moments, made here in its first step
-    index:int, # Its place in the optimizer
-)->ParamStep: # With one step more
-    "Gather what a step needs"
-    if p.grad.is_sparse: raise ValueError(f'the gradient of a parameter of shape {tuple(p.shape)} is sparse: build its layer with sparse=False')
-    here, wide, state['step'] = local_shard(p.detach()), torch.float64 if p.dtype==torch.float64 else torch.float32, state.get('step', 0)+1
+    group:dict, # Options of its parameter group
+    state:dict, # Optimizer state; created in the first step, and its step counter incremented
+    index:int, # Index of the parameter in the optimizer
+)->ParamStep:
+    "Collect what a step needs for one parameter"
+    if p.grad.is_sparse:
+        raise ValueError(f'sparse gradient of a parameter of shape {tuple(p.shape)} is not '
+                         'supported; fix: build its layer with sparse=False')
+    local = local_shard(p.detach())
+    compute_dtype = torch.float64 if p.dtype==torch.float64 else torch.float32
+    state['step'] = state.get('step', 0)+1
     if len(state)==1:
-        shapes = {'row': here.shape[:-1], 'col': here.shape[:-2]+here.shape[-1:]} if p.ndim>1 else {'sq': here.shape}
-        state |= {k: here.new_zeros(s, dtype=wide) for k,s in shapes.items()}
+        if p.ndim>1: shapes = {'row': local.shape[:-1], 'col': local.shape[:-2]+local.shape[-1:]}
+        else: shapes = {'sq': local.shape}
+        for name,shape in shapes.items(): state[name] = local.new_zeros(shape, dtype=compute_dtype)
     key = None
     if group['stochastic_rounding'] and p.dtype==torch.bfloat16:
-        mixed = torch.Generator().manual_seed((group['seed']*1_000_003+index)*1_000_003+state['step'])
-        key = torch.randint(-2**31, 2**31, (), generator=mixed).item()
-    return ParamStep(group, state, get_shard(p), p, to_matrix_stack(here.contiguous()), to_matrix_stack(local_shard(p.grad).contiguous()), wide, key)
+        seed = (group['seed']*1_000_003+index)*1_000_003+state['step']
+        generator = torch.Generator().manual_seed(seed)
+        key = torch.randint(-2**31, 2**31, (), generator=generator).item()
+    weights = to_matrix_stack(local.contiguous())
+    grad = to_matrix_stack(local_shard(p.grad).contiguous())
+    return ParamStep(group, state, get_shard(p), p, weights, grad, compute_dtype, key)
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #decc92ed
 def update_second_moment(
     param_steps:list[ParamStep], # Parameters of a step
-    sums:list, # Of their squares, (b, m) and (b, n), over all cards
-)->list: # Of (b, m) and (b, n): what rows and columns of the gradient are multiplied with
-    "Take up the sums into the moments; the roots of what they have become"
-    moments, new, kept, added, plus = [], [], [], [], []
-    for j,(row,col) in zip(param_steps, sums):
-        share = j.state['step']**j.group['decay_rate']                  # one in the first step
-        of = {'row': (row, j.g.shape[2]), 'col': (col, j.shard.rows if j.whole.ndim==2 else j.g.shape[1])} if j.whole.ndim>1 else {'sq': (col, 1)}
-        for k,(s,count) in of.items():
-            moments.append(j.state[k].view(s.shape)), new.append(s)
-            kept.append(1-share), added.append(share/count), plus.append(share*j.group['eps'])
-    torch._foreach_mul_(moments, kept), torch._foreach_mul_(new, added), torch._foreach_add_(new, plus), torch._foreach_add_(moments, new)
-    at = iter(moments)
-    pairs = [(next(at) if j.whole.ndim>1 else None, next(at)) for j in param_steps]
-    return [((row/col.mean(-1, keepdim=True)).rsqrt() if row is not None else col.new_ones(1, 1), col.rsqrt()) for row,col in pairs]
+    sums:list, # Sums of their squared gradients over columns (b, m) and over rows (b, n)
+)->list: # Row factors (b, m) and column factors (b, n) of each
+    "Update the moving averages of squared gradients; return the factors of the update"
+    moments, new = [], []                                       # old averages, new means
+    keep_weights, new_weights = [], []
+    eps_terms = []
+    for step,(row,col) in zip(param_steps, sums):
+        new_share = step.state['step']**step.group['decay_rate']        # 1 in the first step
+        n_summed_rows = step.shard.n_rows if step.param.ndim==2 else step.g.shape[1]
+        if step.param.ndim>1: terms = {'row': (row, step.g.shape[2]), 'col': (col, n_summed_rows)}
+        else: terms = {'sq': (col, 1)}
+        for name,(square_sum,count) in terms.items():
+            moments.append(step.state[name].view(square_sum.shape))
+            new.append(square_sum)
+            keep_weights.append(1-new_share)
+            new_weights.append(new_share/count)
+            eps_terms.append(new_share*step.group['eps'])
+    torch._foreach_mul_(moments, keep_weights)
+    torch._foreach_mul_(new, new_weights)
+    torch._foreach_add_(new, eps_terms)
+    torch._foreach_add_(moments, new)
+    factors, updated = [], iter(moments)
+    for step in param_steps:
+        row = next(updated) if step.param.ndim>1 else None
+        col = next(updated)
+        if row is None: row_factors = col.new_ones(1, 1)
+        else: row_factors = (row/col.mean(-1, keepdim=True)).rsqrt()
+        factors.append((row_factors, col.rsqrt()))
+    return factors
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #2fa0bb51
 @functools.cache
 def compiled(
-    f, # `square_sums`, `power` or `write`
+    f, # A function of tensors
 ): # Called as `f` is
-    "`f` in as few kernels as torch.compile finds"
+    "The function compiled by torch.compile, for any shape"
     return torch.compile(f, dynamic=True)
 
-# %% ../../nbs/4_diffusion/40_adafactor.ipynb #a74bd3d6
 @functools.cache
-def can_compile()->bool: # Whether `fused` can work for a GPU
-    "Look for the C compiler that torch.compile needs, and warn if there is none"
+def can_compile()->bool:
+    "Whether torch.compile has the C compiler it needs on a GPU; warns if there is none"
     found = any(shutil.which(c) for c in (os.environ.get('CC', 'cc'), 'gcc', 'clang'))
-    if not found: warnings.warn('no C compiler (cc, gcc, clang) on the PATH: Adafactor runs unfused on this GPU, several times slower')
+    if not found:
+        warnings.warn('no C compiler (cc, gcc, clang) on the PATH: Adafactor is not compiled on '
+                      'this GPU, and several times slower')
     return found
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #5bb87306
 def step_sizes(
     param_steps:list[ParamStep], # Parameters of a step
-)->list: # A number for each, or a tensor of one
-    "Learning rates: as given, or (`relative_step`, `scale_parameter`) by the number of steps and the root mean square of the weights"
-    given = [g['lr'] if not g['relative_step'] else min(1e-6*t if g['warmup_init'] else 1e-2, t**-.5) for g,t in ((j.group, j.state['step']) for j in param_steps)]
-    scaled = {i: torch.linalg.vector_norm(j.p, dtype=j.wide)**2 for i,j in enumerate(param_steps) if j.group['scale_parameter']}
-    all_reduce_sums([(s, param_steps[i].shard.group()) for i,s in scaled.items()])
-    return [lr*(scaled[i]/param_steps[i].whole.numel()).sqrt().clamp(min=1e-3) if i in scaled else lr for i,lr in enumerate(given)]
+)->list: # A number for each, or a scalar tensor
+    "Learning rates; with `relative_step` by the step, with `scale_parameter` by RMS(weights)"
+    lrs, square_norms = [], {}
+    for i,step in enumerate(param_steps):
+        group, t = step.group, step.state['step']
+        if not group['relative_step']: lrs.append(group['lr'])
+        else: lrs.append(min(1e-6*t if group['warmup_init'] else 1e-2, t**-.5))
+        if group['scale_parameter']:
+            square_norms[i] = torch.linalg.vector_norm(step.p, dtype=step.compute_dtype)**2
+    all_reduce_sums([(s, param_steps[i].shard.group()) for i,s in square_norms.items()])
+    for i,square_norm in square_norms.items():
+        rms = (square_norm/param_steps[i].param.numel()).sqrt()
+        lrs[i] = lrs[i]*rms.clamp(min=1e-3)
+    return lrs
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #b0bff664
+def _chunks(step, compile):
+    "Index pairs of a gradient's chunks; compiled functions read it at once"
+    if compile: max_numel = 2**62
+    else: max_numel = 2**18 if step.g.is_cpu else 2**26
+    return [*chunk_indices(step.g.shape, max_numel)]
+
 @torch.no_grad()
 def adafactor_step(
-    param_steps:list[ParamStep], # Parameters, each with its gradient
-    compile:bool, # Whether to compile
+    param_steps:list[ParamStep], # Parameters of the step
+    compile:bool, # Whether to compile the three passes
 ):
-    "One step of Adafactor for all of them; nothing waits for a GPU"
-    sums_of, power_of, put = map(compiled, (row_col_square_sums, update_square_sum, apply_update)) if compile else (row_col_square_sums, update_square_sum, apply_update)
-    cuts = [[*chunk_indices(j.g.shape, 2**62 if compile else 2**18 if j.g.is_cpu else 2**26)] for j in param_steps]
-    sums = [(j.g.new_zeros(j.g.shape[:2], dtype=j.wide), j.g.new_zeros((j.g.shape[0], j.g.shape[2]), dtype=j.wide)) for j in param_steps]
-    for j,cut,(row,col) in zip(param_steps, cuts, sums):
-        for a,b in cut:
-            row[a, b], c = sums_of(j.g[a, b], j.wide)
-            col[a] += c
-    all_reduce_sums([(col, j.shard.group()) for j,(_,col) in zip(param_steps, sums) if j.whole.ndim==2])
-    found = update_second_moment(param_steps, sums)
-    powers = [sum((power_of(j.g[a, b], row[a, b], col[a]) for a,b in cut), j.g.new_zeros((), dtype=j.wide)) for j,cut,(row,col) in zip(param_steps, cuts, found)]
-    all_reduce_sums([(s, j.shard.group()) for j,s in zip(param_steps, powers)])
-    for j,cut,(row,col),s,lr in zip(param_steps, cuts, found, powers, step_sizes(param_steps)):
-        row *= lr/((s/j.whole.numel()).sqrt()/j.group['clip_threshold']).clamp(min=1)
-        for a,b in cut:
-            first = j.shard.first*(j.whole.numel()//j.shard.rows)+(a.start or 0)*j.g.shape[1:].numel()+(b.start or 0)*j.g.shape[2]
-            put(j.p[a, b], j.g[a, b], row[a, b], col[a], 1-j.group['weight_decay']*lr if j.group['weight_decay'] else 1, first, j.key)
-        here = local_shard(j.whole.detach())
-        if not here.is_contiguous(): here.copy_(j.p.view(here.shape))
+    "One step of Adafactor for all parameters, without waiting for a GPU"
+    passes = (row_col_square_sums, update_square_sum, apply_update)
+    if compile: passes = [compiled(f) for f in passes]
+    square_sums_pass, rms_pass, write_pass = passes
+    chunks = [_chunks(step, compile) for step in param_steps]
+
+    sums = []
+    for step,own_chunks in zip(param_steps, chunks):
+        row = step.g.new_zeros(step.g.shape[:2], dtype=step.compute_dtype)
+        col = step.g.new_zeros((step.g.shape[0], step.g.shape[2]), dtype=step.compute_dtype)
+        for i,j in own_chunks:
+            row[i, j], chunk_col = square_sums_pass(step.g[i, j], step.compute_dtype)
+            col[i] += chunk_col
+        sums.append((row, col))
+    all_reduce_sums([(col, step.shard.group()) for step,(_,col) in zip(param_steps, sums)
+                     if step.param.ndim==2])
+    factors = update_second_moment(param_steps, sums)
+
+    square_sums = []
+    for step,own_chunks,(row,col) in zip(param_steps, chunks, factors):
+        square_sum = step.g.new_zeros((), dtype=step.compute_dtype)
+        for i,j in own_chunks: square_sum = square_sum+rms_pass(step.g[i, j], row[i, j], col[i])
+        square_sums.append(square_sum)
+    all_reduce_sums([(s, step.shard.group()) for step,s in zip(param_steps, square_sums)])
+
+    lrs = step_sizes(param_steps)
+    everything = zip(param_steps, chunks, factors, square_sums, lrs)
+    for step,own_chunks,(row,col),square_sum,lr in everything:
+        numel = step.param.numel()
+        rms = (square_sum/numel).sqrt()
+        row *= lr/(rms/step.group['clip_threshold']).clamp(min=1)
+        decay = step.group['weight_decay']
+        decay_factor = 1-decay*lr if decay else 1
+        shard_offset = step.shard.first_row*(numel//step.shard.n_rows)
+        for i,j in own_chunks:
+            offset = (shard_offset+(i.start or 0)*step.g.shape[1:].numel()
+                      +(j.start or 0)*step.g.shape[2])
+            write_pass(step.p[i, j], step.g[i, j], row[i, j], col[i], decay_factor, offset,
+                       step.rounding_key)
+        local = local_shard(step.param.detach())
+        if not local.is_contiguous(): local.copy_(step.p.view(local.shape))
 
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #6182c435
 class Adafactor(torch.optim.Optimizer):
-    "Adafactor with a given learning rate; moments and arithmetic in float32 (float64 for such weights), whatever the weights are"
+    "Adafactor with a given learning rate; state and arithmetic in float32 or float64"
     def __init__(self,
-        params, # Parameters, or groups of them with an `lr` of their own
-        lr:float|None, # Root mean square of the first step; None with `relative_step`
+        params, # Parameters, or groups of them with their own `lr`
+        lr:float|None, # Learning rate: RMS of the first step; None with `relative_step`
         eps:float=1e-30, # Added to squared gradients
-        clip_threshold:float=1., # Largest root mean square of a step, in units of `lr`
-        decay_rate:float=-.8, # The second moment's memory is 1-t**decay_rate (Table 7)
-        weight_decay:float=0., # In units of `lr`
-        stochastic_rounding:bool=False, # How bfloat16 weights are stored (Table 7: FLUX); otherwise the nearest
-        scale_parameter:bool=False, # Multiply the rate with the root mean square of the parameter (Table 7: off)
-        relative_step:bool=False, # Let the rate follow from the number of steps (Table 7: off)
-        warmup_init:bool=False, # Such a rate starts at a millionth (Table 7: off)
-        seed:int=0, # Of the rounding
-        compile:bool=None, # Whether to compile: on a GPU if None
+        clip_threshold:float=1., # Update clip: largest RMS of a step, in units of `lr`
+        decay_rate:float=-.8, # Second-moment decay 1-t**decay_rate (Table 7: Decay rate)
+        weight_decay:float=0., # Weight decay, in units of `lr`
+        stochastic_rounding:bool=False, # Of bfloat16 weights (Table 7: FLUX); else round to nearest
+        scale_parameter:bool=False, # Multiply the learning rate by RMS(weights) (Table 7: off)
+        relative_step:bool=False, # Learning rate from the number of steps (Table 7: off)
+        warmup_init:bool=False, # With `relative_step`: start at 1e-6 (Table 7: off)
+        seed:int=0, # Seed of stochastic rounding
+        compile:bool=None, # Whether to use torch.compile; None for on a GPU
     ):
-        if relative_step==(lr is not None): raise ValueError(f'lr={lr} with relative_step={relative_step}: give a learning rate, or let it follow from the steps')
-        if warmup_init and not relative_step: raise ValueError('warmup_init has no effect on a given learning rate: switch relative_step on, or warm up by changing `lr`')
-        super().__init__(params, dict(lr=lr, eps=eps, clip_threshold=clip_threshold, decay_rate=decay_rate, weight_decay=weight_decay,
-                                      stochastic_rounding=stochastic_rounding,
-                                      scale_parameter=scale_parameter, relative_step=relative_step, warmup_init=warmup_init, seed=seed))
-        self.fuse = compile
-    def numbered(self): # Parameter and its group
-        return [(p, group) for group in self.param_groups for p in group['params']]
-    def take(self, params): # Places in the optimizer, parameters and groups; those without a gradient stay as they are
-        jobs = [prepare_param(p, group, self.state[p], i) for i,(p,group) in params if p.grad is not None]
-        if jobs: adafactor_step(jobs, self.fuse if self.fuse is not None else jobs[0].g.is_cuda and can_compile())
+        if relative_step==(lr is not None):
+            raise ValueError(f'lr={lr} with relative_step={relative_step}: '
+                             'expected a learning rate or relative_step=True')
+        if warmup_init and not relative_step:
+            raise ValueError('warmup_init has no effect on a given learning rate; '
+                             'fix: set relative_step=True, or warm up by changing `lr`')
+        defaults = dict(
+            lr=lr, eps=eps, clip_threshold=clip_threshold, decay_rate=decay_rate,
+            weight_decay=weight_decay, stochastic_rounding=stochastic_rounding,
+            scale_parameter=scale_parameter, relative_step=relative_step, warmup_init=warmup_init,
+            seed=seed)
+        super().__init__(params, defaults)
+        self.compile = compile
+
+    def indexed_params(self)->list: # (index, (parameter, group))
+        "All parameters with their index in the optimizer and their group"
+        return list(enumerate((p, group) for group in self.param_groups for p in group['params']))
+
+    def update_params(self,
+        params, # From `indexed_params`; those without a gradient are not updated
+    ):
+        "Update some of the parameters"
+        param_steps = [prepare_param(p, group, self.state[p], i) for i,(p,group) in params
+                       if p.grad is not None]
+        if not param_steps: return
+        compile = self.compile
+        if compile is None: compile = param_steps[0].g.is_cuda and can_compile()
+        adafactor_step(param_steps, compile)
+
     def step(self,
-        closure=None, # Called first, if given: computes the loss and its gradients
-    ): # What the closure gave
+        closure=None, # Computes the loss and its gradients; called first
+    ): # Result of the closure
         "Update every parameter that has a gradient"
         with torch.enable_grad(): loss = closure and closure()
-        self.take(list(enumerate(self.numbered())))
+        self.update_params(self.indexed_params())
         return loss
-    def fuse_backward(self)->list: # The hooks, each of which has a `remove`
-        "Update each parameter as soon as its gradient is there, and free that; `step` then finds nothing to do"
-        def hook(i, group):
-            def at_once(p):
-                self.take([(i, (p, group))])
-                p.grad = None
-            return at_once
-        return [p.register_post_accumulate_grad_hook(hook(i, group)) for i,(p,group) in enumerate(self.numbered())]
-    def state_dict(self)->dict: # Numbers of steps, and plain tensors of the whole parameters' moments
-        "What a checkpoint holds: the same for any number of cards; where parameters are cut, all must call it"
-        saved, params = super().state_dict(), [p for p,_ in self.numbered()]
-        return saved | {'state': {i: {k: gather_state(v, params[i], k) for k,v in s.items()} for i,s in saved['state'].items()}}
-    def load_state_dict(self,
-        state_dict:dict, # As `state_dict` gives it
-    ):
-        "Take up saved moments as they are (torch would store them in the weights' type), of cut parameters what lies here"
-        super().load_state_dict(state_dict)
-        params = [p for p,_ in self.numbered()]
-        for i,s in state_dict['state'].items(): self.state[params[i]] = {k: shard_state(v, params[i], k) for k,v in s.items()}
+
+# %% ../../nbs/4_diffusion/40_adafactor.ipynb #382ba2b4
+@patch
+def fuse_backward(self:Adafactor)->list: # Hook handles, each with a method `remove`
+    "Update each parameter as soon as its gradient is computed, then free the gradient"
+    def make_hook(i, group):
+        def hook(p):
+            self.update_params([(i, (p, group))])
+            p.grad = None
+        return hook
+    return [p.register_post_accumulate_grad_hook(make_hook(i, group))
+            for i,(p,group) in self.indexed_params()]
+
+# %% ../../nbs/4_diffusion/40_adafactor.ipynb #5890c79c
+@patch
+def state_dict(self:Adafactor)->dict: # Step counters, and state tensors of whole parameters
+    "State for a checkpoint, the same for any number of processes; if sharded, all must call it"
+    result = torch.optim.Optimizer.state_dict(self)
+    params = {i: p for i,(p,_) in self.indexed_params()}
+    state = {}
+    for i,own in result['state'].items():
+        state[i] = {name: gather_state(value, params[i], name) for name,value in own.items()}
+    return result|{'state': state}
+
+@patch
+def load_state_dict(self:Adafactor,
+    state_dict:dict, # From `state_dict`
+):
+    "Load a state without changing its dtype (PyTorch would convert it to that of the weights)"
+    torch.optim.Optimizer.load_state_dict(self, state_dict)
+    params = {i: p for i,(p,_) in self.indexed_params()}
+    for i,own in state_dict['state'].items():
+        p = params[i]
+        self.state[p] = {name: shard_state(value, p, name) for name,value in own.items()}

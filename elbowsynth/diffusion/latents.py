@@ -15,155 +15,214 @@ from typing import NamedTuple
 from safetensors.torch import load_file, save_file
 from ..core import atomic_write, content_hash
 from ..data.classes import caption
-from ..data.images import load_images, read_image, write_png
+from ..data.images import image_shape, load_images, read_image, write_png
 from ..data.labels import read_pairs
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #71525ac3
 class InpaintDataset(NamedTuple):
-    "Films, where each may change, and what it is to show"
+    "Images with an inpainting mask and a caption each"
     names:list # Pair ids
     images:np.ndarray # (n, size, size) uint8
-    masks:np.ndarray # (n, size, size) uint8, 255 where the film may change
-    captions:list # What a model reads
+    masks:np.ndarray # (n, size, size) uint8, 255 inside the mask
+    captions:list # Text prompts
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #c3ee2441
 def load_inpaint_data(
-    folder:Path, # A run
-    split:str, # The stage that says which pairs are for training; empty to train on and draw into all pairs of `masks`
-    masks:str, # The stage that made the masks
-    images:str, # The stage that made the films
-    size:int, # Side to which both are brought
-)->tuple[InpaintDataset,InpaintDataset]: # To train on, to draw into
-    "What an inpainting model reads from a run"
+    folder:Path, # Folder of a run
+    split:str, # Stage that split the pairs; if empty, train and test are all pairs of `masks`
+    masks:str, # Stage that wrote the masks
+    images:str, # Stage that wrote the images
+    size:int, # Images and masks are resized to size x size pixels
+)->tuple[InpaintDataset,InpaintDataset]: # Training and test pairs
+    "Training and test pairs of a run"
     folder = Path(folder)
-    parts = [read_pairs(folder/split, split, part) for part in ('train', 'test')] if split else [read_pairs(folder/masks, masks)]
-    found = [InpaintDataset(list(t.pair), load_images(folder/images, t.image, size), load_images(folder/masks, t.pair, size), list(t.caption)) for t in parts]
-    return found[0], found[-1]
+    if split: tables = [read_pairs(folder/split, split, subset) for subset in ('train', 'test')]
+    else: tables = [read_pairs(folder/masks, masks)]
+    datasets = []
+    for table in tables:
+        pair_images = load_images(folder/images, table.image, size)
+        pair_masks = load_images(folder/masks, table.pair, size)
+        names, captions = list(table.pair), list(table.caption)
+        datasets.append(InpaintDataset(names, pair_images, pair_masks, captions))
+    return datasets[0], datasets[-1]
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #f03e2d43
 def toy_data(
-    n:int, # How many
-    size:int=64, # Side of a film
-)->InpaintDataset: # The same for the same numbers
-    "Shafts, holes and captions"
+    n:int, # Number of images
+    size:int=64, # Image size, pixels
+)->InpaintDataset: # Deterministic
+    "Toy images of a bent shaft, with masks and captions"
     yy, xx = np.mgrid[:size, :size]
-    films = [50+yy*60/size+110*(abs(xx-size/2-(i+2)*np.sin(yy*6/size))<size/7) for i in range(n)]
-    holes = [(yy>size*.3)&(yy<size*.65)&(xx>size*.2)&(xx<size*(.6+.05*i)) for i in range(n)]
-    return InpaintDataset([f'film{i}' for i in range(n)], np.array(films).astype(np.uint8), np.array(holes).astype(np.uint8)*255, [caption('LAT', ['supracondylar fracture'])]*n)
+    background = 50+yy*60/size
+    images, masks = [], []
+    for i in range(n):
+        bend = (i+2)*np.sin(yy*6/size)
+        images.append(background+110*(abs(xx-size/2-bend)<size/7))
+        rows = (yy>size*.3)&(yy<size*.65)
+        columns = (xx>size*.2)&(xx<size*(.6+.05*i))
+        masks.append(rows&columns)
+    images, masks = np.array(images).astype(np.uint8), np.array(masks).astype(np.uint8)*255
+    names = [f'film{i}' for i in range(n)]                              # names seed the sampler
+    return InpaintDataset(names, images, masks, [caption('LAT', ['supracondylar fracture'])]*n)
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #dbf6a1f9
+def _mask_path(image_path): return image_path.with_name(f'{image_path.stem}-masklabel.png')
+
+def _caption_path(image_path): return image_path.with_suffix('.txt')
+
+def _is_training_image(path):
+    is_image = path.suffix.lower() in ('.png', '.jpg', '.jpeg')
+    return is_image and not path.stem.endswith(('-masklabel', '-condlabel'))
+
+def _onetrainer_errors(image_paths):
+    "Missing files; if there are none, images and masks that are not square"
+    if not image_paths: return ['no images found']
+    needed = [path for p in image_paths for path in (_mask_path(p), _caption_path(p))]
+    missing = [f'{p.name} is missing' for p in needed if not p.is_file()]
+    if missing: return missing
+    errors = []
+    for path in [p for image in image_paths for p in (image, _mask_path(image))]:
+        shape = image_shape(path)
+        if shape is None or shape[0]==shape[1]: continue                # None: see `read_image`
+        h, w = shape
+        errors.append(f'{path.name} is {w}x{h}, not square')
+    return errors
+
 def read_onetrainer_folder(
-    folder:Path, # `stem.png` (or .jpg, .jpeg), `stem.txt`, `stem-masklabel.png`
-    size:int, # Side to which films and masks are brought; they are square
-)->InpaintDataset: # Under their stems
-    "Read films, masks and captions from the folder of a OneTrainer user"
-    found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in ('.png', '.jpg', '.jpeg') and not p.stem.endswith(('-masklabel', '-condlabel')))
-    bad = [f'{p.stem}{end} is missing' for p in found for end in ('-masklabel.png', '.txt') if not p.with_name(p.stem+end).is_file()]
-    images = {} if bad else {q: read_image(q) for p in found for q in (p, p.with_name(f'{p.stem}-masklabel.png'))}
-    bad += [f'{q.name} is {"x".join(map(str, i.shape[::-1]))}, not square' for q,i in images.items() if i.shape[0]!=i.shape[1]]
-    if bad or not found: raise ValueError(f'{Path(folder).name}: ' + ('; '.join(bad) or 'there is no film in it') + '. A film wants stem.png, stem.txt and stem-masklabel.png beside one another.')
-    fit = lambda q: cv2.resize(images[q], (size, size), interpolation=cv2.INTER_AREA if len(images[q])>size else cv2.INTER_LINEAR)
-    return InpaintDataset([p.stem for p in found], np.stack([fit(p) for p in found]), np.stack([fit(p.with_name(f'{p.stem}-masklabel.png')) for p in found]),
-                 [p.with_suffix('.txt').read_text(encoding='utf-8').strip() for p in found])
+    folder:Path, # Holds STEM.png (or .jpg, .jpeg), STEM.txt and STEM-masklabel.png for each image
+    size:int, # Images and masks, which must be square, are resized to size x size pixels
+)->InpaintDataset: # Names are the stems
+    "Read images, masks and captions from a OneTrainer folder"
+    def read(path):
+        image = read_image(path)
+        interpolation = cv2.INTER_AREA if len(image)>size else cv2.INTER_LINEAR
+        return cv2.resize(image, (size, size), interpolation=interpolation)
+    paths = [p for p in sorted(Path(folder).iterdir()) if _is_training_image(p)]
+    errors = _onetrainer_errors(paths)
+    if errors:
+        raise ValueError(f'{Path(folder).name}: {"; ".join(errors)}. '
+                         'Each image STEM.png needs STEM.txt and STEM-masklabel.png next to it.')
+    images = np.stack([read(p) for p in paths])
+    masks = np.stack([read(_mask_path(p)) for p in paths])
+    captions = [_caption_path(p).read_text(encoding='utf-8').strip() for p in paths]
+    return InpaintDataset([p.stem for p in paths], images, masks, captions)
 
 def write_onetrainer_folder(
-    folder:Path, # Where to
-    dataset:InpaintDataset, # What
+    folder:Path, # Output folder
+    dataset:InpaintDataset, # What to write
 )->Path: # `folder`
-    "Write pairs as OneTrainer wants them"
+    "Write a data set in OneTrainer's layout"
+    folder = Path(folder)
     for name,image,mask,text in zip(*dataset, strict=True):
-        write_png(Path(folder)/f'{name}.png', image)
-        write_png(Path(folder)/f'{name}-masklabel.png', mask)
-        with atomic_write(Path(folder)/f'{name}.txt') as part: part.write_text(text+'\n', encoding='utf-8')
-    return Path(folder)
+        write_png(folder/f'{name}.png', image)
+        write_png(folder/f'{name}-masklabel.png', mask)
+        with atomic_write(folder/f'{name}.txt') as part:
+            part.write_text(text+'\n', encoding='utf-8')
+    return folder
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #56a547a2
 def augment(
     image:np.ndarray, # (h, w)
-    flip:bool, # Left for right
-    dy:int=0, # Pixels to push it; its border is repeated
-    dx:int=0, # Likewise
+    flip:bool, # Mirror left and right
+    dy:int=0, # Translation downwards, pixels; the border is repeated
+    dx:int=0, # Translation to the right, pixels
 )->np.ndarray: # (h, w)
-    "A variant of a film, or of its mask"
+    "Mirror and translate an image or its mask"
     h, w = image.shape
-    rows, cols = np.clip(np.arange(h)-dy, 0, h-1), np.clip(np.arange(w)-dx, 0, w-1)
-    return np.ascontiguousarray((image[:, ::-1] if flip else image)[rows][:, cols])
+    rows = np.clip(np.arange(h)-dy, 0, h-1)
+    columns = np.clip(np.arange(w)-dx, 0, w-1)
+    mirrored = image[:, ::-1] if flip else image
+    return np.ascontiguousarray(mirrored[rows][:, columns])
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #81e27481
 def seeded_generator(
-    *key, # Numbers and words
+    *key, # Numbers and strings
 )->torch.Generator: # On the CPU
-    "A source of random numbers that is the same for the same cause"
+    "A random generator that depends on its key alone"
     return torch.Generator().manual_seed(int(content_hash(*key), 16))
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #cdd42a7f
 def sample_augmentation(
-    generator:torch.Generator, # Where the numbers come from
-    flip_probability:float=0., # Probability that a film is mirrored
-    max_translation_px:int=0, # Pixels by which a film may be pushed up, down, left and right
-)->tuple[bool,int,int]: # For `moved`
-    "Draw one of the 2 x 9 variants of a film"
+    generator:torch.Generator, # Source of the random numbers
+    flip_probability:float=0., # Probability of mirroring, 0 to 1
+    max_translation_px:int=0, # Translation in each direction is minus this, zero or this, pixels
+)->tuple[bool,int,int]: # Arguments flip, dy, dx of `augment`
+    "Sample one of the 2 x 9 variants of an image"
     u = torch.rand(3, generator=generator).tolist()
-    return u[0]<flip_probability, (int(u[1]*3)-1)*max_translation_px, (int(u[2]*3)-1)*max_translation_px
+    flip = u[0]<flip_probability
+    dy, dx = ((int(v*3)-1)*max_translation_px for v in u[1:])
+    return flip, dy, dx
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #05f8ea55
 def masked_image(
     image:torch.Tensor, # (n, c, h, w) in [-1, 1]
-    mask:torch.Tensor, # (n, 1, h, w) in [0, 1], 1 in the hole
+    mask:torch.Tensor, # (n, 1, h, w) in [0, 1], 1 inside the mask
 )->torch.Tensor: # Like `image`
-    "The film as a model sees it: mid-grey in the hole"
+    "The image with mid-gray inside the mask"
     return image*(1-mask)
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #39a9eed4
 def downsample_mask(
     mask:torch.Tensor, # (n, 1, h, w) in [0, 1]
-    factor:int=8, # Pixels of a latent cell's side
-)->torch.Tensor: # (n, 1, h/side, w/side)
-    "How much of each latent cell lies in the hole"
+    factor:int=8, # Image pixels per latent pixel, in each direction
+)->torch.Tensor: # (n, 1, h/factor, w/factor) in [0, 1]
+    "The mask at latent resolution: the masked share of each latent pixel"
     return F.avg_pool2d(mask, factor)
 
 def downsample_mask_bilinear(
     mask:torch.Tensor, # (n, 1, h, w) in [0, 1]
-    factor:int=8, # Pixels of a latent cell's side
-)->torch.Tensor: # (n, 1, h/side, w/side)
-    "The same by a bilinear filter as wide as two cells, as OneTrainer has it"
+    factor:int=8, # Image pixels per latent pixel, in each direction
+)->torch.Tensor: # (n, 1, h/factor, w/factor) in [0, 1]
+    "The mask at latent resolution by antialiased bilinear interpolation, as in OneTrainer"
     return F.interpolate(mask, scale_factor=1/factor, mode='bilinear', antialias=True)
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #60317963
 def cached(
-    folder:Path, # Where the files lie; None to keep nothing
-    key:str, # Made from all that the result depends on
-    compute, # Called without arguments if there is no such file: a tuple of tensors
-)->tuple: # Of tensors, on the CPU
-    "What `make` gives, or gave"
+    folder:Path, # Cache folder; None to cache nothing
+    key:str, # Hash of all that the result depends on
+    compute, # Called without arguments on a cache miss; returns a tuple of tensors
+)->tuple: # Tensors, on the CPU if read from the cache
+    "The result of `compute`, from the cache if it is there"
     if folder is None: return compute()
     path = Path(folder)/f'{key}.safetensors'
     if not path.exists():
-        part = path.with_name(f'.{os.getpid()}-{path.name}')            # several processes may write the same
+        part = path.with_name(f'.{os.getpid()}-{path.name}')            # others may write the same
         part.parent.mkdir(parents=True, exist_ok=True)
-        save_file({str(i): t.detach().cpu().contiguous() for i,t in enumerate(compute())}, part)
+        tensors = {str(i): t.detach().cpu().contiguous() for i,t in enumerate(compute())}
+        save_file(tensors, part)
         os.replace(part, path)
-    found = load_file(path)
-    return tuple(found[str(i)] for i in range(len(found)))
+    tensors = load_file(path)
+    return tuple(tensors[str(i)] for i in range(len(tensors)))
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #9d9abb28
 def weights_hash(
-    net:torch.nn.Module, # A network that does not learn
+    net:torch.nn.Module, # A model that is not trained
 )->str: # Twelve hexadecimal digits
-    "A short name for the weights of a network, and their type"
-    return content_hash(*[o for n,t in net.state_dict().items() for o in ([n, str(t.dtype)], t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())])
+    "Hash of a model's weights, their names and dtypes"
+    parts = []
+    for name,tensor in net.state_dict().items():
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        parts += [[name, str(tensor.dtype)], data]
+    return content_hash(*parts)
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #15be6ebc
 @torch.no_grad()
 def encode_latents(
-    vae, # An autoencoder
+    vae, # A VAE
     images:torch.Tensor, # (n, 1, h, w) in [-1, 1]
-    cache_dir:Path=None, # Where latents are kept; None to encode anew
-    vae_key:str='', # The autoencoder's `weights_digest`
-)->tuple[torch.Tensor,torch.Tensor]: # Means and spreads, each (n, channels, h/side, w/side), as the network that learns wants them, on the CPU
-    "Latents of films, shifted and scaled as the autoencoder's configuration says"
-    c, like, images = vae.config, next(vae.parameters()), images+0.    # a grey hole has one zero, not two
-    def one(x):
-        d = vae.encode(x[None].expand(-1, 3, -1, -1).to(like)).latent_dist
-        return (d.mode()-(c.shift_factor or 0))*c.scaling_factor, d.std*c.scaling_factor
-    return tuple(torch.cat([o.cpu() for o in part]) for part in zip(*[cached(cache_dir, f'{vae_key}-{content_hash(x.numpy())}' if cache_dir else '', lambda: one(x)) for x in images]))
+    cache_dir:Path=None, # Cache folder; None to cache nothing
+    vae_key:str='', # `weights_hash` of the VAE
+)->tuple[torch.Tensor,torch.Tensor]: # Means and standard deviations: (n, c, h/8, w/8), on the CPU
+    "Latents of images, shifted and scaled as the VAE's configuration says"
+    shift, scale = vae.config.shift_factor or 0, vae.config.scaling_factor
+    param = next(vae.parameters())
+    images = images+0.                                                  # -0. and 0.: one hash
+    def encode(x):
+        distribution = vae.encode(x[None].expand(-1, 3, -1, -1).to(param)).latent_dist
+        return (distribution.mode()-shift)*scale, distribution.std*scale
+    encoded = []
+    for x in images:
+        key = f'{vae_key}-{content_hash(x.numpy())}' if cache_dir else ''
+        encoded.append(cached(cache_dir, key, lambda: encode(x)))
+    means, stds = zip(*encoded)
+    return torch.cat([m.cpu() for m in means]), torch.cat([s.cpu() for s in stds])

@@ -21,100 +21,130 @@ from .distributed import barrier, DistributedContext
 def composite(
     real:np.ndarray, # (n, h, w) uint8
     synthetic:np.ndarray, # (n, h, w) uint8
-    mask:np.ndarray, # (n, h, w) uint8
+    mask:np.ndarray, # (n, h, w) uint8, at least 128 inside the mask
 )->np.ndarray: # (n, h, w) uint8
-    "The synthetic film where the mask is white, the real one elsewhere, to the byte"
+    "The synthetic image inside the mask, the real image outside"
     return np.where(mask>=128, synthetic, real)
 
 # %% ../../nbs/4_diffusion/47_sampling.ipynb #dbf617a9
 def pending_batches(
-    names:list[str], # Of the films
-    batch_size:int, # Films at a time
-    out_dir:Path=None, # Folder of those that were drawn before
-)->list[int]: # Where the batches begin that are not whole
-    "What is still to be drawn"
-    return [i for i in range(0, len(names), batch_size) if not (out_dir and all((Path(out_dir)/f'{n}.png').is_file() for n in names[i:i+batch_size]))]
+    names:list[str], # File names of the images, without `.png`
+    batch_size:int, # Images per batch
+    out_dir:Path=None, # Folder with the images generated so far; None if there is none
+)->list[int]: # Index of the first image of each batch
+    "Batches that are not complete"
+    def is_complete(start):
+        batch = names[start:start+batch_size]
+        return all((Path(out_dir)/f'{n}.png').is_file() for n in batch)
+    starts = range(0, len(names), batch_size)
+    return [start for start in starts if not (out_dir and is_complete(start))]
 
+# %% ../../nbs/4_diffusion/47_sampling.ipynb #34810d3e
 @contextlib.contextmanager
 def inference_mode(
-    pipe, # A pipeline, whose nets may be of several types
-    autocast_dtype:torch.dtype=None, # The type of products, if nets differ in theirs
+    pipe, # A pipeline; its components may have different dtypes and devices
+    autocast_dtype:torch.dtype=None, # Autocast dtype; None for no autocast
 ):
-    "A pipeline that draws in one type, and afterwards is as it was; nets that were moved away come back for as long"
-    vae, net = pipe.vae, getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', None) or pipe.text_encoder
-    like, parts = next(net.parameters()), [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
-    before = {m: next(m.parameters()).device for m in parts}
-    for m in parts: m.eval().to(like.device)
-    pipe.vae = copy.deepcopy(vae).to(like.dtype)
+    "Within the context, all components are on the denoiser's device and the VAE has its dtype"
+    vae = pipe.vae
+    unet, transformer = getattr(pipe, 'unet', None), getattr(pipe, 'transformer', None)
+    denoiser = unet or transformer or pipe.text_encoder
+    param = next(denoiser.parameters())
+    models = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    devices = {m: next(m.parameters()).device for m in models}
+    for m in models: m.eval().to(param.device)
+    pipe.vae = copy.deepcopy(vae).to(param.dtype)
     try:
-        with torch.autocast(like.device.type, autocast_dtype, autocast_dtype is not None): yield pipe
+        with torch.autocast(param.device.type, autocast_dtype, autocast_dtype is not None):
+            yield pipe
     finally:
         pipe.vae = vae
-        for m,device in before.items(): m.to(device)
+        for m,device in devices.items(): m.to(device)
 
 # %% ../../nbs/4_diffusion/47_sampling.ipynb #694fa5c6
 def inpaint_images(
     pipe, # An inpainting pipeline
     images:np.ndarray, # (n, size, size) uint8
-    masks:np.ndarray, # (n, size, size) uint8, 255 in the hole
-    captions:list[str], # What to draw
-    seed_keys:list[str], # Whose random numbers to take
-    batch_size:int=4, # Films at a time
-    seed:int=0, # Of the random numbers
-    max_minutes:float=0, # Minutes that it may take
-    out_dir:Path=None, # Folder to write each batch to, as it comes; what lies there already is not drawn again
-    distributed=None, # As `crew_of` gives it, if several processes share the work
-    autocast_dtype:torch.dtype=None, # The type of products, if nets differ in theirs
+    masks:np.ndarray, # (n, size, size) uint8, 255 inside the mask
+    captions:list[str], # Prompts
+    seed_keys:list[str], # Names that seed the random generators; also the names of written files
+    batch_size:int=4, # Images per batch
+    seed:int=0, # Seed
+    max_minutes:float=0, # Time limit, minutes; 0 for none
+    out_dir:Path=None, # Folder for the images, written batch by batch; complete batches are read
+    distributed:DistributedContext=None, # This process, if several share the work
+    autocast_dtype:torch.dtype=None, # Autocast dtype, if the components' dtypes differ
     **pipeline_kwargs, # Further arguments of the pipeline's call
-)->np.ndarray: # (n, size, size) uint8: what the pipeline gave
-    "Draw into the holes of films"
-    films, size, left, distributed = np.zeros_like(images), images.shape[-1], pending_batches(seed_keys, batch_size, out_dir), distributed or DistributedContext()
-    barrier(distributed)                                                          # all have seen what is left before anybody draws
-    mine = [*enumerate(left+left[:1]*(-len(left)%distributed.world))][distributed.rank::distributed.world]   # as many batches for each; one that is drawn twice is written once
+)->np.ndarray: # (n, size, size) uint8: output of the pipeline, not composited
+    "Inpaint images inside their masks"
+    distributed = distributed or DistributedContext()
+    size = images.shape[-1]
+    inpainted = np.zeros_like(images)
+    pending = pending_batches(seed_keys, batch_size, out_dir)
+    barrier(distributed)                                        # all have listed before one writes
+    # All processes need the same number of batches: repeat the first one, but write it once
+    padded = pending+pending[:1]*(-len(pending)%distributed.world_size)
+    own = [*enumerate(padded)][distributed.rank::distributed.world_size]
     with inference_mode(pipe, autocast_dtype):
-        for k,i in progress(mine, f'Films of {type(pipe).__name__}', max_minutes=max_minutes):
-            x, m = (torch.from_numpy(a[i:i+batch_size])[:, None]/255 for a in (images, masks))
-            drawn = pipe(prompt=list(captions[i:i+batch_size]), image=x.expand(-1, 3, -1, -1), mask_image=m, height=size, width=size, output_type='pt',
-                         generator=[seeded_generator(seed, n) for n in seed_keys[i:i+batch_size]], **pipeline_kwargs).images
-            films[i:i+batch_size] = to_uint8(drawn.float().mean(1, keepdim=True)*2-1)
-            if out_dir and k<len(left): [write_png(Path(out_dir)/f'{n}.png', f) for n,f in zip(seed_keys[i:i+batch_size], films[i:i+batch_size])]
+        for k,start in progress(own, f'Inpainting, {type(pipe).__name__}', max_minutes=max_minutes):
+            batch = slice(start, start+batch_size)
+            x = torch.from_numpy(images[batch])[:, None]/255
+            mask = torch.from_numpy(masks[batch])[:, None]/255
+            generators = [seeded_generator(seed, name) for name in seed_keys[batch]]
+            output = pipe(prompt=list(captions[batch]), image=x.expand(-1, 3, -1, -1),
+                          mask_image=mask, height=size, width=size, output_type='pt',
+                          generator=generators, **pipeline_kwargs).images
+            gray = output.float().mean(1, keepdim=True)
+            inpainted[batch] = to_uint8(gray*2-1)
+            if not out_dir or k>=len(pending): continue
+            for name,image in zip(seed_keys[batch], inpainted[batch]):
+                write_png(Path(out_dir)/f'{name}.png', image)
     barrier(distributed)
-    return np.stack([read_image(Path(out_dir)/f'{n}.png') for n in seed_keys]) if out_dir else films
+    if not out_dir: return inpainted
+    return np.stack([read_image(Path(out_dir)/f'{name}.png') for name in seed_keys])
 
 # %% ../../nbs/4_diffusion/47_sampling.ipynb #f1ed505d
 def add_pathology(
     sample_fn, # `sample_sdxl` or `sample_flux`
-    pipe, # A pipeline, as `load_sdxl` or `load_flux` gives it
+    pipe, # A pipeline from `load_sdxl` or `load_flux`
     images:np.ndarray, # (n, size, size) uint8: normal elbows, bone bright
     pathology:str, # One of `PATHOLOGIES`
     view:str='AP', # AP or LAT
-    masks:np.ndarray=None, # (n, size, size) uint8, 255 where a film may change; None for the region where the pathology is usually seen
-    seed_keys:list[str]=None, # Whose random numbers to take; counted if None
-    **options, # Further arguments of `draw`
-)->tuple[np.ndarray,np.ndarray]: # The films with the pathology, and the masks, each (n, size, size) uint8
-    "Synthetic pathologies off normal films, which stay as they are outside of the masks"
-    if pathology not in PATHOLOGIES or view not in VIEWS: raise ValueError(
-        f'{pathology!r} in a film {view!r}: the pathology is one of {", ".join(PATHOLOGIES)}, and the view one of {", ".join(VIEWS)}')
+    masks:np.ndarray=None, # (n, size, size) uint8, 255 inside; None for the heuristic region
+    seed_keys:list[str]=None, # Names that seed the random generators; None for '0', '1', ...
+    **options, # Further arguments of `sample_fn`
+)->tuple[np.ndarray,np.ndarray]: # Images with the pathology, and masks, each (n, size, size) uint8
+    "Inpaint a pathology into normal radiographs, which do not change outside the masks"
+    errors = []
+    for what,value,known in (('pathology', pathology, PATHOLOGIES), ('view', view, VIEWS)):
+        if value not in known:
+            errors.append(f'unknown {what} {value!r}, expected one of {", ".join(known)}')
+    if errors: raise ValueError('; '.join(errors))
     seed_keys = seed_keys or [str(i) for i in range(len(images))]
-    if masks is None: masks = np.stack([heuristic_mask(f, region_of(pathology) or 'joint', n) for f,n in zip(images, seed_keys)]).astype(np.uint8)*255
-    return composite(images, sample_fn(pipe, images, masks, [caption(view, [pathology])]*len(images), seed_keys, **options), masks), masks
+    if masks is None:
+        region = region_of(pathology) or 'joint'
+        masks = np.stack([heuristic_mask(x, region, name) for x,name in zip(images, seed_keys)])
+        masks = masks.astype(np.uint8)*255
+    captions = [caption(view, [pathology])]*len(images)
+    synthetic = sample_fn(pipe, images, masks, captions, seed_keys, **options)
+    return composite(images, synthetic, masks), masks
 
 # %% ../../nbs/4_diffusion/47_sampling.ipynb #abb7c6cd
 def sample_checkpoint(
-    sample_fn, # Called with the pipeline and a folder: draws the films of `test`, writes them to the folder, and gives them
+    sample_fn, # Called with the pipeline and a folder; writes images of `test` there, returns them
     pipe, # A pipeline
-    out:Path, # A model's folder
-    epoch:int, # Passes done
-    test:InpaintDataset, # Pairs whose films are drawn into
-    distributed:DistributedContext=DistributedContext(), # Who shares the work
+    out:Path, # Output folder of the model
+    epoch:int, # Epochs completed
+    test:InpaintDataset, # Pairs to inpaint
+    distributed:DistributedContext=DistributedContext(), # This process, if several share the work
 ):
-    "Write an epoch's films: as they come below `raw`, then with the real film around the hole below `samples`; a kill costs the batch at hand"
-    raw, samples = (Path(out)/k/f'{epoch:04d}' for k in ('raw', 'samples'))
+    "Write `raw/EEEE` (output of the pipeline) and `samples/EEEE` (composited); resumable"
+    raw, samples = Path(out)/'raw'/f'{epoch:04d}', Path(out)/'samples'/f'{epoch:04d}'
     if samples.exists(): return
     part = raw if raw.exists() else raw.with_name(f'.{raw.name}')
-    films = sample_fn(pipe, part)
-    barrier(distributed)                                                          # all have read what was drawn
+    images = sample_fn(pipe, part)
+    barrier(distributed)                                        # all have read before one renames
     if distributed.rank==0:
         if part!=raw: part.rename(raw)
-        save_samples(samples.parent, epoch, test.names, composite(test.images, films, test.masks))
+        save_samples(samples.parent, epoch, test.names, composite(test.images, images, test.masks))
     barrier(distributed)

@@ -4,51 +4,56 @@
 
 # %% auto #0
 __all__ = ['tiny_sdxl', 'load_sdxl', 'unet_input', 'sample_timesteps', 'encode_clip', 'snr_weights', 'predict_noise', 'sdxl_spec',
-           'sample_sdxl', 'train_sdxl', 'tune_sdxl', 'main']
+           'sample_sdxl', 'train_sdxl', 'main']
 
 # %% ../../nbs/4_diffusion/49_sdxl.ipynb #9ac20564
-import inspect
 import numpy as np, torch, torch.nn.functional as F
 from functools import partial
 from pathlib import Path
 from elbowsynth.diffusion.base_models import (
-    load_base_pipeline, prepare_pipeline, tiny_clip, tiny_clip_tokenizer, tiny_vae,
+    load_base_pipeline, prepare_pipeline, small_unet, tiny_clip, tiny_clip_tokenizer, tiny_vae,
     use_random_weights)
-from .latents import InpaintDataset
-from .settings import resolve_config
-from .objective import Batch, ModelSpec, sampling_autocast_dtype
 from .distributed import init_distributed
+from .finetune import fine_tune, train_cli
+from .latents import InpaintDataset
+from .objective import Batch, ModelSpec, sampling_autocast_dtype
 from .sampling import inpaint_images
-from .finetune import fine_tune, resume_config, train_cli
+from .settings import (
+    delegates_config, FineTuneConfig, make_config, resolve_config, SDXL)
 
 # %% ../../nbs/4_diffusion/49_sdxl.ipynb #b28715f1
 def tiny_sdxl(
-    seed:int=0, # Of the weights
+    seed:int=0, # Seed of the weights
 ):
-    "A `StableDiffusionXLInpaintPipeline` of random weights, with the real channels and a U-Net of under a million weights"
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline, UNet2DConditionModel
+    "A `StableDiffusionXLInpaintPipeline` with random weights: real channels, under a million weights"
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        words = tiny_clip_tokenizer()
-        unet = UNet2DConditionModel(
-            sample_size=32, in_channels=9, out_channels=4, block_out_channels=(16, 32, 48), layers_per_block=1, norm_num_groups=8, attention_head_dim=(1, 2, 3),
-            down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
-            use_linear_projection=True, cross_attention_dim=32+32, addition_embed_type='text_time', addition_time_embed_dim=8, projection_class_embeddings_input_dim=32+6*8)
-        steps = EulerDiscreteScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, timestep_spacing='leading', steps_offset=1)
-        return StableDiffusionXLInpaintPipeline(tiny_vae(4, scaling_factor=4.), tiny_clip(CLIPTextModel, words), tiny_clip(CLIPTextModelWithProjection, words),
-                                                words, words, unet, steps, add_watermarker=False)
+        tokenizer = tiny_clip_tokenizer()
+        unet = small_unet((16, 32, 48), sample_size=32)
+        vae = tiny_vae(4, scaling_factor=4.)
+        text_encoder = tiny_clip(CLIPTextModel, tokenizer)
+        text_encoder_2 = tiny_clip(CLIPTextModelWithProjection, tokenizer)
+    scheduler = EulerDiscreteScheduler(
+        beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012,
+        timestep_spacing='leading', steps_offset=1)
+    return StableDiffusionXLInpaintPipeline(
+        vae, text_encoder, text_encoder_2, tokenizer, tokenizer, unet, scheduler,
+        add_watermarker=False)
 
 # %% ../../nbs/4_diffusion/49_sdxl.ipynb #e51ba860
 def load_sdxl(
-    base_model:str='diffusers/stable-diffusion-xl-1.0-inpainting-0.1', # A folder, a name on the hub (CreativeML OpenRAIL++-M), `tiny-sdxl`, or `tiny-sdxl-random`
-    dtype='float32', # Of all nets but the autoencoder (Table 7); or part to type, with a `default`
-    device:torch.device='cpu', # Where to
-    lora:str='', # A folder with LoRA files that were trained on this base
+    base_model:str=SDXL.base_model, # Folder, hub name, `tiny-sdxl`, or `tiny-sdxl-random`
+    dtype:str|dict='float32', # Data type of all but the VAE (Table 7); or component to data type
+    device:torch.device='cpu', # Target device
+    lora:str='', # Folder with a LoRA file that was trained on this base model
 ):
-    "The pipeline to start from, or one that was trained before"
+    "Load a pretrained or fine-tuned pipeline"
     from diffusers import StableDiffusionXLInpaintPipeline
-    pipe = prepare_pipeline(tiny_sdxl(), dtype, device) if use_random_weights(base_model, 'sdxl') else load_base_pipeline(StableDiffusionXLInpaintPipeline, base_model, dtype, device, add_watermarker=False)
+    if use_random_weights(base_model, 'sdxl'): pipe = prepare_pipeline(tiny_sdxl(), dtype, device)
+    else: pipe = load_base_pipeline(StableDiffusionXLInpaintPipeline, base_model, dtype, device,
+                                    add_watermarker=False)
     if lora: pipe.load_lora_weights(lora)
     return pipe
 
@@ -58,163 +63,144 @@ def unet_input(
     mask:torch.Tensor, # (n, 1, 8h, 8w), zeros and ones, or (n, 1, h, w)
     masked_image_latents:torch.Tensor, # (n, 4, h, w)
 )->torch.Tensor: # (n, 9, h, w)
-    "Latents, hole and surroundings in the order of the inpainting U-Net"
-    return torch.cat([noisy_latents, F.interpolate(mask, noisy_latents.shape[-2:]), masked_image_latents], 1)
+    "Concatenate latents, mask and masked image in the order of the inpainting U-Net"
+    latent_mask = F.interpolate(mask, noisy_latents.shape[-2:])
+    return torch.cat([noisy_latents, latent_mask, masked_image_latents], 1)
 
 # %% ../../nbs/4_diffusion/49_sdxl.ipynb #1e4c5158
 def sample_timesteps(
     generator:torch.Generator, # On the CPU
-)->torch.Tensor: # (1,) from 0 to 999
-    "A step of noise, each as likely as the others"
+)->torch.Tensor: # (1,) int64, 0 to 999
+    "A uniform timestep"
     return torch.randint(1000, (1,), generator=generator)
 
+# %% ../../nbs/4_diffusion/49_sdxl.ipynb #49c0de02
 def encode_clip(
-    component:str, # `text_encoder` or `text_encoder_2`
     pipe, # An SDXL pipeline
-    captions:list[str], # What to read
-)->tuple: # (n, 77, width); and from the second encoder (n, width), too
-    "What one of SDXL's text encoders makes of captions"
-    words, net = getattr(pipe, component.replace('text_encoder', 'tokenizer')), getattr(pipe, component)
-    ids = words(captions, padding='max_length', max_length=words.model_max_length, truncation=True, return_tensors='pt').input_ids
-    said = net(ids.to(next(net.parameters()).device), output_hidden_states=True)
-    return (said.hidden_states[-2],) if component=='text_encoder' else (said.hidden_states[-2], said[0])
+    captions:list[str], # n prompts
+    component:str='text_encoder', # `text_encoder` or `text_encoder_2`
+)->tuple: # Hidden states (n, 77, width); of `text_encoder_2` also the pooled embedding (n, width)
+    "Embed captions with one of SDXL's text encoders"
+    tokenizer = getattr(pipe, component.replace('text_encoder', 'tokenizer'))
+    text_encoder = getattr(pipe, component)
+    tokens = tokenizer(captions, padding='max_length', max_length=tokenizer.model_max_length,
+                       truncation=True, return_tensors='pt')
+    input_ids = tokens.input_ids.to(next(text_encoder.parameters()).device)
+    output = text_encoder(input_ids, output_hidden_states=True)
+    hidden_states = output.hidden_states[-2]
+    return (hidden_states,) if component=='text_encoder' else (hidden_states, output[0])
 
-# %% ../../nbs/4_diffusion/49_sdxl.ipynb #6264911d
+# %% ../../nbs/4_diffusion/49_sdxl.ipynb #49c0de03
 def snr_weights(
     loss_weight_fn:str, # `constant`, or `min-snr` (Hang et al., 2023)
-    snr:torch.Tensor, # (n,): what of the film is left, over the noise, both squared
-    snr_gamma:float=5., # Where min-SNR cuts
-    v_prediction:bool=False, # Whether the network tells the velocity
+    snr:torch.Tensor, # (n,): signal-to-noise ratio, a ratio of variances
+    snr_gamma:float=5., # Upper limit of the ratio in min-SNR
+    v_prediction:bool=False, # Whether the network predicts the velocity
 )->torch.Tensor: # (n,)
-    "What a film counts in the loss by its share of noise"
-    return torch.ones_like(snr) if loss_weight_fn=='constant' else snr.clamp(max=snr_gamma)/(snr+v_prediction)
+    "Loss weight of a sample by its noise level"
+    if loss_weight_fn=='constant': return torch.ones_like(snr)
+    return snr.clamp(max=snr_gamma)/(snr+v_prediction)
 
+# %% ../../nbs/4_diffusion/49_sdxl.ipynb #6264911d
 def predict_noise(
     pipe, # An SDXL inpainting pipeline
-    batch:Batch, # Films, holes and noise
-    prompt_embeds:list, # As `read_texts` gives it
+    batch:Batch,
+    prompt_embeds:list, # As `encode_captions` returns them: (hidden,), (hidden_2, pooled)
     loss_weight_fn:str='constant', # Or `min-snr`
     snr_gamma:float=5., # Of min-SNR
-    soft_mask:bool=False, # Tell the hole as the loss knows it, not in zeros and ones
-)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]: # What the U-Net says, what it should say, and what each film counts
-    "The U-Net's guess at noise, or velocity"
+    soft_mask:bool=False, # Condition on the loss mask instead of the binary mask
+)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]: # Prediction and target, (n, 4, h, w); weights (n,)
+    "Predict the noise in noised latents, or the velocity"
     from diffusers import DDPMScheduler
-    mix, unet, size, n = DDPMScheduler.from_config(pipe.scheduler.config), pipe.unet, batch.hole.shape[-2:], len(batch.times)
-    to, velocity, t = dict(device=batch.latents.device, dtype=prompt_embeds[1][1].dtype), mix.config.prediction_type=='v_prediction', batch.times.long()
-    target = mix.get_velocity(batch.latents, batch.noise, t) if velocity else batch.noise
-    sizes = torch.tensor([[*size, 0, 0, *size]]*n, **to)                # as it was, cropped at, as it is
-    seen = unet_input(mix.add_noise(batch.latents, batch.noise, t), batch.cells if soft_mask else batch.hole, batch.around)
-    said = unet(seen.to(next(unet.parameters()).dtype), t, torch.cat([prompt_embeds[0][0], prompt_embeds[1][0]], -1).to(next(unet.parameters()).dtype),
-                added_cond_kwargs={'text_embeds': prompt_embeds[1][1], 'time_ids': sizes}).sample
-    left = mix.alphas_cumprod.to(batch.latents)[t]
-    return said, target, snr_weights(loss_weight_fn, left/(1-left), snr_gamma, velocity)
+    noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    (hidden_1,), (hidden_2, pooled) = prompt_embeds
+    timesteps = batch.timesteps.long()
+    weight_dtype = next(pipe.unet.parameters()).dtype
+
+    noisy_latents = noise_scheduler.add_noise(batch.latents, batch.noise, timesteps)
+    mask = batch.latent_mask if soft_mask else batch.mask
+    model_input = unet_input(noisy_latents, mask, batch.masked_image_latents)
+    encoder_hidden_states = torch.cat([hidden_1, hidden_2], -1)
+    height, width = batch.mask.shape[-2:]
+    original_size, crop_top_left, target_size = [height, width], [0, 0], [height, width]
+    time_ids = torch.tensor([original_size+crop_top_left+target_size]*len(timesteps),
+                            device=batch.latents.device, dtype=pooled.dtype)
+    model_pred = pipe.unet(
+        model_input.to(weight_dtype), timesteps,
+        encoder_hidden_states=encoder_hidden_states.to(weight_dtype),
+        added_cond_kwargs={'text_embeds': pooled, 'time_ids': time_ids}).sample
+
+    v_prediction = noise_scheduler.config.prediction_type=='v_prediction'
+    target = batch.noise
+    if v_prediction: target = noise_scheduler.get_velocity(batch.latents, batch.noise, timesteps)
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(batch.latents)[timesteps]
+    snr = alphas_cumprod/(1-alphas_cumprod)
+    return model_pred, target, snr_weights(loss_weight_fn, snr, snr_gamma, v_prediction)
 
 def sdxl_spec(
-    **predict_kwargs, # `loss_weight`, `gamma` and `soft` of `sdxl_says`
+    config:FineTuneConfig=SDXL,
 )->ModelSpec:
-    "SDXL, as the loop sees it"
-    return ModelSpec('unet', {k: partial(encode_clip, k) for k in ('text_encoder', 'text_encoder_2')}, sample_timesteps, [100, 300, 500, 700, 900], partial(predict_noise, **predict_kwargs))
+    "SDXL, as the training loop sees it"
+    text_encoders = {k: partial(encode_clip, component=k) for k in ('text_encoder', 'text_encoder_2')}
+    predict = partial(predict_noise, loss_weight_fn=config.loss_weight_fn, snr_gamma=config.snr_gamma,
+                      soft_mask=config.soft_mask)
+    return ModelSpec('unet', text_encoders, sample_timesteps, [100, 300, 500, 700, 900], predict)
 
 # %% ../../nbs/4_diffusion/49_sdxl.ipynb #49521397
 def sample_sdxl(
     pipe, # An SDXL inpainting pipeline
     images:np.ndarray, # (n, size, size) uint8
-    masks:np.ndarray, # (n, size, size) uint8, 255 where the film may change
-    captions:list[str], # What to draw
-    seed_keys:list[str]=None, # Whose random numbers to take; counted if None
-    num_inference_steps:int=50, # Of the sampler
-    guidance_scale:float=7.5, # How much the caption is overstated
-    batch_size:int=4, # Films at a time
-    seed:int=0, # Of the noise
-    max_minutes:float=0, # Minutes that it may take
-    **inpaint_kwargs, # `keep`, `crew` and `mixed` of `draw_films`: a folder to go on from after a kill, other processes, products in another type
-)->np.ndarray: # (n, size, size) uint8: whole films as the pipeline gives them
-    "Draw into films what captions say; see `composite` for keeping what lies around the holes"
-    if images.shape[-1]%pipe.vae_scale_factor: raise ValueError(
-        f'films of side {images.shape[-1]} do not divide into the cells of {pipe.vae_scale_factor} pixels: choose a `size` of which that is a factor')
-    return inpaint_images(pipe, images, masks, captions, seed_keys or [str(i) for i in range(len(images))], batch_size, seed, max_minutes,
-                      num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, strength=1., **inpaint_kwargs)
+    masks:np.ndarray, # (n, size, size) uint8, 255 inside the mask
+    captions:list[str], # n prompts
+    seed_keys:list[str]=None, # Names that seed the random generators; None for '0', '1', ...
+    num_inference_steps:int=50, # Sampling steps
+    guidance_scale:float=7.5, # Classifier-free guidance scale
+    batch_size:int=4, # Images per batch
+    seed:int=0, # Seed
+    max_minutes:float=0, # Time limit, minutes; 0 for none
+    **inpaint_kwargs, # `out_dir`, `distributed` and `autocast_dtype` of `inpaint_images`
+)->np.ndarray: # (n, size, size) uint8: output of the pipeline, not composited
+    "Inpaint what the captions say; `composite` restores the original outside the masks"
+    size, factor = images.shape[-1], pipe.vae_scale_factor
+    if size%factor: raise ValueError(f'image size {size} is not a multiple of {factor}')
+    seed_keys = seed_keys or [str(i) for i in range(len(images))]
+    return inpaint_images(
+        pipe, images, masks, captions, seed_keys, batch_size, seed, max_minutes,
+        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, strength=1.,
+        **inpaint_kwargs)
 
 # %% ../../nbs/4_diffusion/49_sdxl.ipynb #2b4f9695
+@delegates_config(SDXL)
 def train_sdxl(
-    train:InpaintDataset, # To learn from
-    test:InpaintDataset, # To draw into at each checkpoint
-    out:Path, # Its folder: `samples`, `raw`, `model`, `checkpoint.safetensors`, `log.jsonl`, `validation.jsonl`
-    recipe:str='corrected', # Or onetrainer-2025: see `RECIPES`
-    base_model:str='diffusers/stable-diffusion-xl-1.0-inpainting-0.1', # Where to start from: a folder, a name on the hub (CreativeML OpenRAIL++-M), or tiny-sdxl
-    epochs:int=200, # Passes over the training pairs (Table 7)
-    checkpoint_every:int=20, # Passes between two checkpoints
-    boost_epochs:int=20, # Further passes at the boosted rate (Section 3.4)
-    batch_size:int=4, # Films in a batch, over all processes (Table 7)
-    lr:float=1e-5, # Of the U-Net (Table 7)
-    boost_lr:float=1e-4, # Of the U-Net in the boosted passes (Section 3.4)
-    text_encoder_lr:float=3e-6, # Of text encoders, boosted or not (Table 7)
-    lr_scheduler:str='constant', # Of learning rates (Table 7); or linear, cosine, down to zero
-    lr_warmup_steps:int=0, # Steps in which rates rise from zero; 0 for what the recipe has
-    max_grad_norm:float=0., # Longest gradient; 0 for what the recipe has
-    optimizer:str='adafactor', # Table 7; or adamw
-    scale_parameter:bool=False, # Steps in proportion to a weight's size (Table 7)
-    relative_step:bool=False, # Steps that Adafactor chooses by itself (Table 7)
-    warmup_init:bool=False, # Warm-up of relative steps (Table 7)
-    decay_rate:float=-.8, # Of Adafactor's memory (Table 7)
-    fused_back_pass:bool=False, # Update each weight as soon as its gradient is known, and free that (Table 7)
-    train_denoiser:bool=True, # Whether the U-Net learns (Table 7)
-    denoiser_epochs:int=200, # Passes after which the U-Net stops to learn, if fewer than `epochs` (Table 7)
-    text_encoder:str='trained', # The first text encoder: trained (Table 7), frozen, or frozen and offloaded to the CPU once captions are read
-    text_encoder_2:str='trained', # The second one, likewise
-    text_encoder_epochs:int=200, # Passes after which text encoders stop to learn, if fewer than `epochs` (Table 7)
-    lora_rank:int=0, # Train adapters of this rank in place of all weights; 0 for all weights
-    ema_decay:float=0., # What a running mean of weights keeps in a step; 0 for none (Table 7)
-    unmasked_probability:float=.1, # Share of samples that are masked wholly (Table 7)
-    unmasked_weight:float=.4, # What the loss counts outside of the hole (Table 7)
-    normalize_masked_area_loss:bool=False, # Divide the loss by its mean weight (Table 7)
-    loss_weight_fn:str='constant', # What films count by their noise (Table 7); or min-snr
-    snr_gamma:float=5., # Of min-SNR (Table 7)
-    loss_scaler:str='none', # Table 7; or batch, to multiply the loss by it
-    weight_dtype:str='float32', # Of weights, and of all below that is not given (Table 7)
-    prior_dtype:str='', # Of the U-Net (Table 7: as `dtype`)
-    text_encoder_dtype:str='', # Of text encoders (Table 7: as `dtype`)
-    vae_dtype:str='float32', # Of the autoencoder (Table 7)
-    train_dtype:str='', # Of products in training (Table 7: as `dtype`)
-    output_dtype:str='', # Of the saved model (Table 7: as `dtype`)
-    stochastic_rounding:bool=False, # How bfloat16 weights are stored (Table 7)
-    flip_probability:float=0., # Share of films that are mirrored; 0 for what the recipe has
-    max_translation_px:int=0, # Pixels by which films are pushed about
-    gradient_checkpointing:bool=True, # Compute activations twice, to hold fewer of them
-    cache_latents:bool=True, # Keep latents on the disk
-    fsdp:bool=False, # Share weights out over processes (FSDP2)
-    n_validation:int=32, # Test pairs that are looked at for the error in the hole; 0 for none
-    num_inference_steps:int=50, # Of the sampler
-    guidance_scale:float=7.5, # How much the sampler overstates the caption
-    sample_batch_size:int=4, # Films drawn at a time
-    seed:int=0, # Of the order of films, the noise, and the samples
-    device:str='auto', # Where to train
-    max_minutes:float=0, # Minutes that it may take
-):
-    "Fine-tune SDXL, going on where an earlier call with the same films and settings stopped"
-    given = dict(locals())
-    return tune_sdxl(*(given.pop(k) for k in ('train', 'test', 'out')), given)
-
-# %% ../../nbs/4_diffusion/49_sdxl.ipynb #6f4cdcd8
-def tune_sdxl(
-    train:InpaintDataset, # As in `train_sdxl`
-    test:InpaintDataset,
-    out:Path,
-    arguments:dict, # Its other arguments
+    train:InpaintDataset, # Training pairs
+    test:InpaintDataset, # Pairs to inpaint at each checkpoint
+    out:Path, # Output folder; files as in the notebook "Fine-tuning"
+    config:FineTuneConfig=SDXL, # Options, changed by further arguments
+    **kwargs, # Fields of `FineTuneConfig`
 )->Path: # `out`
-    "What is SDXL's own in a training: its parts and their types"
-    crew, paper = init_distributed(arguments['device']), {p.name: p.default for p in inspect.signature(train_sdxl).parameters.values()}
-    o = resolve_config(arguments, paper, crew.world)
-    types = {'vae': o['vae_dtype'], 'unet': o['prior_dtype'], 'default': o['text_dtype']}
-    def draw(pipe, keep, crew):
-        return sample_sdxl(pipe, *test[1:], test.names, o['steps'], o['guidance'], o['sample_batch'], o['seed'], o['limit'], keep=keep, crew=crew, mixed=sampling_autocast_dtype(o))
-    return fine_tune(lambda device: load_sdxl(o['base'], types, device), sdxl_spec(loss_weight=o['loss_weight'], gamma=o['gamma'], soft=o['soft']), draw,
-                     train, test, out, o, crew, resume_config(arguments))
+    "Fine-tune SDXL; the same call resumes after an interruption"
+    config = make_config(config, **kwargs)
+    if config.model!='sdxl': raise ValueError(f'train_sdxl: got a configuration of {config.model}')
+    distributed = init_distributed(config.device)
+    config = resolve_config(config, distributed.world_size)
+    dtypes = {'vae': config.vae_dtype, 'unet': config.prior_dtype, 'default': config.text_encoder_dtype}
+
+    def load_pipeline(device): return load_sdxl(config.base_model, dtypes, device)
+
+    def sample_test(pipe, out_dir, distributed):
+        return sample_sdxl(
+            pipe, test.images, test.masks, test.captions, test.names,
+            config.num_inference_steps, config.guidance_scale, config.sample_batch_size, config.seed,
+            config.max_minutes, out_dir=out_dir, distributed=distributed,
+            autocast_dtype=sampling_autocast_dtype(config))
+
+    return fine_tune(load_pipeline, sdxl_spec(config), sample_test, train, test, out, config,
+                     distributed)
 
 # %% ../../nbs/4_diffusion/49_sdxl.ipynb #1dec42a3
 def main():
     "The command `python -m elbowsynth.diffusion.sdxl`"
-    train_cli(train_sdxl, 'elbowsynth.diffusion.sdxl')
+    train_cli(train_sdxl, SDXL)
 
 # %% ../../nbs/4_diffusion/49_sdxl.ipynb #a62eb357
 if __name__=='__main__' and '__file__' in globals(): main()

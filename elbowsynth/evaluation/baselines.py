@@ -7,113 +7,169 @@ __all__ = ['noise_baseline', 'mean_fill', 'telea_inpaint', 'vae_reconstruct', 'l
            'boundary_width', 'region_masks']
 
 # %% ../../nbs/5_evaluation/63_baselines.ipynb #38566c60
+import contextlib
 import cv2, numpy as np, pandas as pd, torch
 from pathlib import Path
+from ..training import get_device, to_tensor
 
 # %% ../../nbs/5_evaluation/63_baselines.ipynb #161d1899
 def noise_baseline(
-    images:np.ndarray, # Real films, (n, h, w), uint8
-    masks:np.ndarray=None, # Where noise goes, white; everywhere if None
-    seed:int=0, # Seeds the noise
-    first_index:int=0, # Number of the first film, so that a part of a set gets the noise it has in the whole
-)->np.ndarray: # Like `films`
-    "Uniform noise in place of the films or of what their masks cover"
-    noise = np.stack([np.random.default_rng([seed, first_index+i]).integers(0, 256, f.shape, np.uint8) for i,f in enumerate(images)])
+    images:np.ndarray, # Real images, (n, h, w), uint8
+    masks:np.ndarray=None, # (n, h, w), uint8, white where noise goes; the full image if None
+    seed:int=0, # Seed of the noise
+    first_index:int=0, # Index of the first image in the whole set, whose noise it gets
+)->np.ndarray: # (n, h, w), uint8
+    "Replace images, or their masked regions, by uniform noise."
+    noise = []
+    for i,real in enumerate(images, first_index):
+        rng = np.random.default_rng([seed, i])
+        noise.append(rng.integers(0, 256, real.shape, np.uint8))
+    noise = np.stack(noise)
     return noise if masks is None else np.where(masks>127, noise, images)
 
 # %% ../../nbs/5_evaluation/63_baselines.ipynb #861a2f8f
 def mean_fill(
-    images:np.ndarray, # Real films, (n, h, w), uint8
-    masks:np.ndarray, # Where to fill, white
-)->np.ndarray: # Like `films`
-    "Real films whose mask is filled with the mean of the rest, or with grey where nothing rests"
-    fills = [int(round(f[m<=127].mean())) if (m<=127).any() else 127 for f,m in zip(images, masks)]
-    return np.stack([np.where(m>127, v, f).astype(np.uint8) for f,m,v in zip(images, masks, fills)])
+    images:np.ndarray, # Real images, (n, h, w), uint8
+    masks:np.ndarray, # (n, h, w), uint8, white where to fill
+)->np.ndarray: # (n, h, w), uint8
+    "Fill each mask with the mean of the unmasked pixels, or with 127 if all are masked."
+    filled = []
+    for real,mask in zip(images, masks):
+        masked = mask>127
+        value = 127 if masked.all() else int(round(real[~masked].mean()))
+        filled.append(np.where(masked, value, real).astype(np.uint8))
+    return np.stack(filled)
 
+# %% ../../nbs/5_evaluation/63_baselines.ipynb #b512b9b4
 def telea_inpaint(
-    images:np.ndarray, # Real films, (n, h, w), uint8
-    masks:np.ndarray, # Where to fill, white
-    size:int=256, # Side at which the filling is drawn
-    radius:float=3, # Pixels that each filled pixel looks at
-)->np.ndarray: # Like `films`
-    "Real films whose mask is filled from its edge inwards (Telea, 2004)"
-    def one(f, m):
-        small = min(size, *f.shape)
-        f2, m2 = (cv2.resize(o, (small, small), interpolation=cv2.INTER_AREA) for o in (f, 255*(m>127).astype(np.uint8)))
-        drawn = cv2.resize(cv2.inpaint(f2, (m2>0).astype(np.uint8), radius, cv2.INPAINT_TELEA), f.shape[::-1], interpolation=cv2.INTER_LINEAR)
-        return np.where(m>127, drawn, f)
-    return np.stack([one(f, m) for f,m in zip(images, masks)])
+    images:np.ndarray, # Real images, (n, h, w), uint8
+    masks:np.ndarray, # (n, h, w), uint8, white where to fill
+    size:int=256, # Side in pixels at which to inpaint; smaller images are not enlarged
+    radius:float=3, # Neighborhood of each filled pixel, in pixels
+)->np.ndarray: # (n, h, w), uint8
+    "Fill each mask from its boundary inwards (Telea, 2004)."
+    filled = []
+    for real,mask in zip(images, masks):
+        masked = mask>127
+        side = min(size, *real.shape)
+        small_shape = (side, side)
+        small = cv2.resize(real, small_shape, interpolation=cv2.INTER_AREA)
+        white = 255*masked.astype(np.uint8)
+        small_white = cv2.resize(white, small_shape, interpolation=cv2.INTER_AREA)
+        small_mask = (small_white>0).astype(np.uint8)
+        small_filled = cv2.inpaint(small, small_mask, radius, cv2.INPAINT_TELEA)
+        enlarged = cv2.resize(small_filled, real.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        filled.append(np.where(masked, enlarged, real))
+    return np.stack(filled)
 
 # %% ../../nbs/5_evaluation/63_baselines.ipynb #071ebc6c
+def _reconstruct(
+    images:np.ndarray, # (n, h, w), uint8
+    vae, # An autoencoder of diffusers
+    encoder_dtype:torch.dtype, # As in `vae_reconstruct`
+)->np.ndarray: # (n, h, w), uint8
+    "Encode and decode one batch with an autoencoder of diffusers."
+    weight = next(vae.parameters())
+    x = to_tensor(images).to(weight.device, weight.dtype).expand(-1, 3, -1, -1)
+    autocast = contextlib.nullcontext()
+    if encoder_dtype is not None: autocast = torch.autocast(weight.device.type, encoder_dtype)
+    with torch.inference_mode():
+        with autocast: latents = vae.encode(x).latent_dist.mode()
+        decoded = vae.decode(latents.to(weight.dtype)).sample
+        gray = decoded.float().mean(1)*127.5+127.5
+        return gray.round().clamp(0, 255).byte().cpu().numpy()
+
 def vae_reconstruct(
-    images:np.ndarray, # Real films, (n, h, w), uint8
-    vae, # An autoencoder of diffusers, a pipeline that holds one, or a function from such films to such films
-    masks:np.ndarray=None, # Where the films of the round trip are put into the real ones; everywhere if None
-)->np.ndarray: # Like `films`
-    "Films as an autoencoder gives them back, the mode of its latents, no noise drawn"
+    images:np.ndarray, # Real images, (n, h, w), uint8
+    vae, # An autoencoder of diffusers, a pipeline with one, or a function of images
+    masks:np.ndarray=None, # (n, h, w), uint8, white where to reconstruct; everywhere if None
+    batch_size:int=1, # Images per forward pass
+    encoder_dtype:torch.dtype=None, # Autocast type of the encoder; no autocast if None
+)->np.ndarray: # (n, h, w), uint8
+    "Encode and decode images with an autoencoder, using the mode of the latent distribution."
     vae = getattr(vae, 'vae', vae)
     if hasattr(vae, 'encode'):
-        p = next(vae.parameters())
-        def one(f):
-            x = (torch.as_tensor(f, device=p.device, dtype=p.dtype)/127.5-1).expand(1, 3, -1, -1)
-            return (vae.decode(vae.encode(x).latent_dist.mode()).sample.float().mean((0, 1)).cpu()*127.5+127.5).round().clamp(0, 255).byte().numpy()
-        with torch.inference_mode(): back = np.stack([one(f) for f in images])
-    else: back = np.asarray(vae(images))
-    if back.shape!=images.shape or back.dtype!=np.uint8: raise ValueError(f'the round trip gave {back.dtype} {back.shape} for uint8 {images.shape}: it must give films of the same size, as bytes')
-    return back if masks is None else np.where(masks>127, back, images)
+        starts = range(0, len(images), batch_size)
+        batches = [_reconstruct(images[i:i+batch_size], vae, encoder_dtype) for i in starts]
+        decoded = np.concatenate(batches)
+    else:
+        decoded = np.asarray(vae(images))
+    if decoded.shape!=images.shape or decoded.dtype!=np.uint8:
+        raise ValueError(
+            f'vae_reconstruct: the autoencoder returned {decoded.dtype} {decoded.shape}; '
+            f'expected uint8 {images.shape}')
+    return decoded if masks is None else np.where(masks>127, decoded, images)
 
 # %% ../../nbs/5_evaluation/63_baselines.ipynb #2c4d623c
 def load_autoencoders(
-    specs:list[str], # Each as NAME=BASE; BASE is a folder with `vae/` in it, an autoencoder's own folder, or a base of the hub that was fetched before
+    specs:list[str], # Each as NAME=BASE, BASE being a folder or a base model of the hub
     device:str='auto', # Where to compute; `auto` is cuda if there is one
-    base_dir:Path='.', # Where relative folders start
+    base_dir:Path='.', # Start of relative folders
 )->dict: # Name to autoencoder
-    "Autoencoders for `round_trip`, from safetensors"
-    device, out = ('cuda' if torch.cuda.is_available() else 'cpu') if device=='auto' else device, {}
-    for o in specs:
+    "Load autoencoders for `vae_reconstruct` from safetensors files."
+    device = get_device(device)
+    autoencoders = {}
+    for spec in specs:
         from diffusers import AutoencoderKL
-        name,_,base = o.partition('=')
-        at = Path(base_dir)/base
-        at = at/'vae' if (at/'vae').is_dir() else at
-        found = (at, {}) if (at/'config.json').is_file() else (base, {'subfolder': 'vae'})
-        try: out[name] = AutoencoderKL.from_pretrained(found[0], use_safetensors=True, local_files_only=True, **found[1]).eval().to(device)
-        except (OSError, ValueError) as e: raise FileNotFoundError(
-            f'autoencoder {o!r}: {at} holds no autoencoder that can be read, and no base of that name was fetched from the hub ({str(e).splitlines()[0]}). '
-            'Write NAME=BASE, with the base that the stage trains; an empty list leaves this floor out.') from None
-    return out
+        name,_,base = spec.partition('=')
+        folder = Path(base_dir)/base
+        if (folder/'vae').is_dir(): folder = folder/'vae'
+        in_folder = (folder/'config.json').is_file()
+        source, subfolder = (folder, {}) if in_folder else (base, {'subfolder': 'vae'})
+        try:
+            vae = AutoencoderKL.from_pretrained(
+                source, use_safetensors=True, local_files_only=True, **subfolder)
+        except (OSError, ValueError) as e:
+            raise FileNotFoundError(
+                f'autoencoder {spec!r}: no readable autoencoder in {folder} and no base model of '
+                f'that name in the hub cache ({str(e).splitlines()[0]}). Write NAME=BASE with the '
+                'base model that the stage trains; an empty list skips this baseline.') from None
+        autoencoders[name] = vae.eval().to(device)
+    return autoencoders
 
 # %% ../../nbs/5_evaluation/63_baselines.ipynb #15b7898e
 def matched_real_images(
-    pairs:pd.DataFrame, # Pairs with image, patient, view and pathology
-    candidates:pd.DataFrame, # Where to choose from
-    seed:int=0, # Seeds the choice among equals
-)->list[str]: # An image of `others` for each pair
-    "A real film of another patient for each pair, of the same label where there is one"
-    luck, used, chosen = np.random.default_rng(seed).random(len(candidates)), {}, []
-    for o in pairs.itertuples():
-        allowed = candidates.patient.to_numpy()!=o.patient
-        if not allowed.any(): raise ValueError(f'{o.pair}: there is no film of another patient than {o.patient} to compare it with')
-        unlike = 2*(candidates.view.to_numpy()!=o.view)+(candidates.pathology.to_numpy()!=o.pathology)
-        times = np.array([used.get(i, 0) for i in candidates.image])
-        best = np.lexsort((luck, times, unlike, ~allowed))[0]
-        chosen.append(candidates.image.iloc[best])
-        used[chosen[-1]] = used.get(chosen[-1], 0)+1
+    pairs:pd.DataFrame, # Pairs with columns pair, image, patient, view and pathology
+    candidates:pd.DataFrame, # Pairs to choose from, with the same columns
+    seed:int=0, # Seed for the choice among equals
+)->list[str]: # An image of `candidates` for each pair
+    "Choose a real image of another patient for each pair, with the same label if there is one."
+    tie_break = np.random.default_rng(seed).random(len(candidates))
+    times_used = {}
+    chosen = []
+    for pair in pairs.itertuples():
+        same_patient = candidates.patient.to_numpy()==pair.patient
+        if same_patient.all():
+            raise ValueError(f'{pair.pair}: no image of a patient other than {pair.patient}')
+        other_view = candidates.view.to_numpy()!=pair.view
+        other_pathology = candidates.pathology.to_numpy()!=pair.pathology
+        mismatch = 2*other_view+other_pathology
+        used = np.array([times_used.get(i, 0) for i in candidates.image])
+        best = np.lexsort((tie_break, used, mismatch, same_patient))[0]   # last key sorts first
+        name = candidates.image.iloc[best]
+        chosen.append(name)
+        times_used[name] = times_used.get(name, 0)+1
     return chosen
 
 # %% ../../nbs/5_evaluation/63_baselines.ipynb #1d8fbb22
 def boundary_width(
-    size:int, # Side of the films
-)->int: # Pixels to each side of the seam, at least one
-    "16 pixels at 1024, in proportion elsewhere"
+    size:int, # Side of the images in pixels
+)->int: # Pixels to each side of the mask's edge, at least one
+    "Half the width of the boundary region: 16 pixels at 1024, in proportion at other sizes."
     return max(1, round(16*size/1024))
 
 def region_masks(
-    masks:np.ndarray, # (n, h, w), uint8, white where a film may change
-    width:int=None, # Pixels to each side of the seam; by `ring_width` if None
-)->dict[str,np.ndarray]: # inside, ring and outside, each (n, h, w), boolean
-    "Three places to look at"
+    masks:np.ndarray, # (n, h, w), uint8, white inside
+    width:int=None, # Pixels to each side of the edge; `boundary_width` if None
+)->dict[str,np.ndarray]: # inside, boundary and outside, each (n, h, w), bool
+    "Divide images into the mask, its boundary and the rest."
     width = width or boundary_width(min(masks.shape[1:]))
     inside = masks>127
-    far = lambda o: cv2.distanceTransform(o.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)   # to the nearest pixel of the other kind
-    ring = np.stack([np.where(m, far(m), far(~m))<=width if m.any() and not m.all() else np.zeros(m.shape, bool) for m in inside])
-    return {'inside': inside, 'ring': ring, 'outside': ~inside}
+    boundary = np.zeros(masks.shape, bool)
+    for band,mask in zip(boundary, inside):
+        if not mask.any() or mask.all(): continue                    # no edge, so no boundary
+        for part in mask, ~mask:
+            to_edge = cv2.distanceTransform(
+                part.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+            band |= part&(to_edge<=width)
+    return {'inside': inside, 'boundary': boundary, 'outside': ~inside}

@@ -4,109 +4,180 @@
 
 # %% auto #0
 __all__ = ['CANDIDATES', 'implied_noise', 'implied_mask_area', 'implied_in_mask_score', 'max_ssim_of_noise',
-           'max_ms_ssim_of_noise', 'max_mmd', 'bandwidth_for', 'possible_conventions']
+           'max_ms_ssim_of_noise', 'max_mmd', 'bandwidth_for', 'Facts', 'possible_conventions']
 
 # %% ../../nbs/5_evaluation/67_conventions.ipynb #c7e81bbf
 import numpy as np, pandas as pd
+from dataclasses import dataclass
 
 # %% ../../nbs/5_evaluation/67_conventions.ipynb #c7b47e7b
 def implied_noise(
-    table:list, # Rows as in `TABLE1`: metric, model, kind of noise, score, factor of improvement, half a unit of the score's last digit
-    factor_rounding:float=5e-4, # Half a unit of the factors' last digit
-)->pd.DataFrame: # metric, kind; low and high of what all rows allow, their middle, and whether they agree
-    "The score of the noise that a table of scores and factors implies"
+    table:list, # Rows: metric, model, type of noise, score, factor, rounding of the score
+    factor_rounding:float=5e-4, # Half a unit of the last digit of the factors
+)->pd.DataFrame: # metric, noise_type, low, high, noise (the middle) and consistent
+    "The score of the noise that all rows of a table of scores and improvement factors allow"
     rows = []
-    for metric,model,kind,best,factor,half in table:
-        ends = [(best+i*half)*(factor+j*factor_rounding) if metric.startswith('mmd') else (best+i*half)/(factor+j*factor_rounding) for i in (-1, 1) for j in (-1, 1)]
-        rows.append((metric, kind, min(ends), max(ends)))
-    o = pd.DataFrame(rows, columns=['metric', 'kind', 'low', 'high']).groupby(['metric', 'kind'], sort=False).agg(low=('low', 'max'), high=('high', 'min')).reset_index()
-    return o.assign(noise=(o.low+o.high)/2, agree=o.low<=o.high)
+    for metric,model,noise_type,score,factor,rounding in table:
+        bounds = []
+        for s in (score-rounding, score+rounding):
+            for f in (factor-factor_rounding, factor+factor_rounding):
+                bounds.append(s*f if metric.startswith('mmd') else s/f)
+        rows.append((metric, noise_type, min(bounds), max(bounds)))
+    by_row = pd.DataFrame(rows, columns=['metric', 'noise_type', 'low', 'high'])
+    groups = by_row.groupby(['metric', 'noise_type'], sort=False)
+    implied = groups.agg(low=('low', 'max'), high=('high', 'min')).reset_index()
+    return implied.assign(
+        noise=(implied.low+implied.high)/2, consistent=implied.low<=implied.high)
 
 # %% ../../nbs/5_evaluation/67_conventions.ipynb #c7bfa898
 def implied_mask_area(
-    masked:float, # Score of films whose mask holds noise
-    noise:float, # Score of films of noise
-)->float: # Share of a film that its mask covers, on the average
-    "What share of a film must be noise to lower its score from 1 to `masked`"
-    if not noise<=masked<=1: raise ValueError(f'noise in a mask scores {masked}, pure noise {noise}: the first lies between the second and 1')
+    masked:float, # Score of images with noise inside the mask
+    noise:float, # Score of images of pure noise
+)->float: # Mean fraction of the image, 0 to 1
+    "The fraction of an image that must be noise to lower its score from 1 to `masked`"
+    if not noise<=masked<=1:
+        raise ValueError(
+            f'score with noise in the mask is {masked}; expected between {noise} and 1')
     return (1-masked)/(1-noise)
 
 # %% ../../nbs/5_evaluation/67_conventions.ipynb #93e2822b
 def implied_in_mask_score(
-    score:float, # Whole-film score of an inpainting model
-    mask_area:float, # As `mask_share` gives it
-)->float: # Its score within the mask
-    "What a score was where the model drew, if the rest of the film is the real one"
+    score:float, # Full-image score of an inpainting model
+    mask_area:float, # As in `implied_mask_area`
+)->float:
+    "The score inside the mask, if the rest of the image is the real one"
     return 1-(1-score)/mask_area
 
 # %% ../../nbs/5_evaluation/67_conventions.ipynb #c2345134
 def max_ssim_of_noise(
-    pool_size:int=1, # Squares of this side are averaged first
-    data_range:float=1., # The range that the formula is told
-    actual_range:float=1., # The range that the films really have
-)->float: # An upper bound, with a tenth to spare
-    "The most that SSIM can give for uniform noise against a film"
+    pool_size:int=1, # Side in pixels of the squares that are averaged first
+    data_range:float=1., # Range that is passed to the SSIM function
+    actual_range:float=1., # Range that the images really have
+)->float: # An upper bound, with a margin of a tenth
+    "The maximum SSIM of uniform noise compared with any image"
     c2 = (.03*data_range)**2
-    return min(1., 1.1*c2/((actual_range/pool_size)**2/12+c2))
+    variance = (actual_range/pool_size)**2/12
+    return min(1., 1.1*c2/(variance+c2))
 
 # %% ../../nbs/5_evaluation/67_conventions.ipynb #4c546213
 def max_ms_ssim_of_noise(
-    actual_range:float=1., # The range that the films really have
-)->float: # An upper bound, with a tenth to spare at each scale
-    "The most that MS-SSIM at full size can give for uniform noise against a film: each scale has seen twice as much averaging as the one before"
-    return float(np.prod([max_ssim_of_noise(2**i, actual_range=actual_range)**w for i,w in enumerate((.0448, .2856, .3001, .2363, .1333))]))
+    actual_range:float=1., # Range that the images really have
+)->float: # An upper bound, with a margin of a tenth at each scale
+    "The maximum MS-SSIM, at full size, of uniform noise compared with any image"
+    weights = (.0448, .2856, .3001, .2363, .1333)
+    bounds = [max_ssim_of_noise(2**i, actual_range=actual_range) for i in range(5)]
+    return float(np.prod([bound**weight for bound,weight in zip(bounds, weights)]))
 
+# %% ../../nbs/5_evaluation/67_conventions.ipynb #b5d2cb26
 def max_mmd(
     gamma:float, # Of the kernel exp(-gamma d²)
-    max_sq_distance:float, # Largest squared distance that there can be
+    max_sq_distance:float, # Maximum squared distance of two vectors
 )->float: # An upper bound
-    "The most that a squared MMD with a Gaussian kernel can be"
+    "The maximum squared MMD with a Gaussian kernel"
     return 2*(1-np.exp(-gamma*max_sq_distance))
 
+# %% ../../nbs/5_evaluation/67_conventions.ipynb #72eded99
 def bandwidth_for(
     noise_mmd2:float, # Squared MMD of noise
-    mean_feature_distance:float, # Squared distance of the mean features of films and of noise
+    mean_feature_distance:float, # Squared distance of the mean features of images and noise
 )->float: # sigma
-    "The bandwidth at which a kernel that is wide for its data gives this MMD: there it is the squared distance of means over the squared bandwidth"
+    "The bandwidth at which a wide kernel gives an MMD: MMD² is then the distance over sigma²"
     return float(np.sqrt(mean_feature_distance/noise_mmd2))
 
 # %% ../../nbs/5_evaluation/67_conventions.ipynb #b7e35368
-CANDIDATES = { # name: metric, kind of claim, from facts to (least, most), why
-    'ssim piq, pooled': ('ssim', 'noise', lambda side, **_: (0, max_ssim_of_noise(max(1, round(side/256)))), 'noise is averaged before it is scored'),
-    'ssim full size (piq downsample=False, torchmetrics, pytorch-msssim)': ('ssim', 'noise', lambda **_: (0, max_ssim_of_noise()), 'per-pixel noise has variance 1/12, far above c2'),
-    'ssim scikit-image, floats, no range given (range 2)': ('ssim', 'noise', lambda **_: (0, max_ssim_of_noise(data_range=2)), 'c2 is four times as large, which is not enough'),
-    'ssim of bytes with range 1': ('ssim', 'noise', lambda **_: (0, max_ssim_of_noise(actual_range=255)), 'the constants vanish beside the variances'),
-    'ssim of fractions with range 255': ('ssim', 'noise', lambda **_: (.9, 1), 'the constants swallow the variances'),
-    'ms_ssim piq or torchmetrics, full size': ('ms_ssim', 'noise', lambda **_: (0, max_ms_ssim_of_noise()), 'each scale averages more of the noise away'),
-    "ms_ssim torchmetrics, normalize='simple'": ('ms_ssim', 'noise', lambda **_: (.45, 1), 'a factor near zero becomes one half'),
-    'ms_ssim of bytes with range 1': ('ms_ssim', 'noise', lambda **_: (0, max_ms_ssim_of_noise(actual_range=255)), 'the constants vanish beside the variances'),
-    'KID, raw vectors about 3 long': ('mmd', 'noise', lambda d, gap, **_: (27/d*gap[0], 27/d*gap[1]*(1+9/d)**2), 'a straight line for short vectors; it is no RBF kernel'),
-    'KID, raw vectors about 25 long': ('mmd', 'noise', lambda d, gap, **_: (1875/d*gap[0], (1+625/d)**3+1), 'steep for long vectors'),
-    'mmd unit vectors, sigma 10, biased (paper_A)': ('mmd', 'noise', lambda gap, **_: (gap[0]/100, gap[1]/100), 'a wide kernel: the gap over sigma squared'),
-    'mmd unit vectors, gamma 1/d': ('mmd', 'noise', lambda d, **_: (0, max_mmd(1/d, 2)), 'vectors of length one without negative entries are at most sqrt 2 apart'),
-    'mmd raw vectors about 3 long, gamma 1/d (paper_B)': ('mmd', 'noise', lambda d, gap, **_: (18/d*gap[0], 18/d*gap[1]), 'a wide kernel, if the network makes its vectors as short as this'),
-    'mmd raw vectors about 25 long, gamma 1/d': ('mmd', 'noise', lambda d, gap, **_: (max_mmd(1/d, 625*gap[0]), 2), 'the same kernel is narrow for long vectors'),
-    'mmd median distance, either estimator': ('mmd', 'noise', lambda **_: (1-np.exp(-.5), 2), 'a set apart cannot seem near'),
-    'mmd five bandwidths around the mean distance, summed': ('mmd', 'noise', lambda **_: (1-np.exp(-.5), 10), 'the middle one alone is too much'),
-    'mmd median distance, square root': ('mmd', 'noise', lambda **_: (np.sqrt(1-np.exp(-.5)), 2**.5), 'a root of a number below one is larger still'),
-    'mmd raw vectors, gamma 1, biased': ('mmd', 'best', lambda n, **_: (.99*2/n, 2), 'no two films are neighbours: the diagonals alone give 1/m + 1/n'),
-    'mmd unit vectors, sigma 10, times 1000 (CMMD as published)': ('mmd', 'noise', lambda gap, **_: (10*gap[0], 10*gap[1]), 'a thousand times as large'),
+@dataclass(frozen=True)
+class Facts:
+    "What the bounds of a convention depend on"
+    image_size:int # Side of the images in pixels
+    n_images:int # Images in each set
+    feature_dim:int # Length of a feature vector
+    distance:tuple # Minimum and maximum of the mean feature distance
+
+# %% ../../nbs/5_evaluation/67_conventions.ipynb #5541535c
+CANDIDATES = { # Convention to metric, claim, function from facts to (least, most), and the reason
+    'ssim piq, pooled': (
+        'ssim', 'noise', lambda f: (0, max_ssim_of_noise(max(1, round(f.image_size/256)))),
+        'noise is averaged before it is scored'),
+    'ssim full size (piq downsample=False, torchmetrics, pytorch-msssim)': (
+        'ssim', 'noise', lambda f: (0, max_ssim_of_noise()),
+        'per-pixel noise has variance 1/12, far above c2'),
+    'ssim scikit-image, floats, no range given (range 2)': (
+        'ssim', 'noise', lambda f: (0, max_ssim_of_noise(data_range=2)),
+        'c2 is four times as large, which is not enough'),
+    'ssim of bytes with range 1': (
+        'ssim', 'noise', lambda f: (0, max_ssim_of_noise(actual_range=255)),
+        'the constants are negligible compared with the variances'),
+    'ssim of fractions with range 255': (
+        'ssim', 'noise', lambda f: (.9, 1),
+        'the variances are negligible compared with the constants'),
+    'ms_ssim piq or torchmetrics, full size': (
+        'ms_ssim', 'noise', lambda f: (0, max_ms_ssim_of_noise()),
+        'each scale averages more of the noise'),
+    "ms_ssim torchmetrics, normalize='simple'": (
+        'ms_ssim', 'noise', lambda f: (.45, 1),
+        'a factor near zero becomes one half'),
+    'ms_ssim of bytes with range 1': (
+        'ms_ssim', 'noise', lambda f: (0, max_ms_ssim_of_noise(actual_range=255)),
+        'the constants are negligible compared with the variances'),
+    'KID, raw vectors of length about 3': (
+        'mmd', 'noise', lambda f: (
+            27/f.feature_dim*f.distance[0],
+            27/f.feature_dim*f.distance[1]*(1+9/f.feature_dim)**2),
+        'linear for short vectors; not an RBF kernel'),
+    'KID, raw vectors of length about 25': (
+        'mmd', 'noise', lambda f: (
+            1875/f.feature_dim*f.distance[0], (1+625/f.feature_dim)**3+1),
+        'steep for long vectors'),
+    'mmd unit vectors, sigma 10, biased (paper_unit_sigma10)': (
+        'mmd', 'noise', lambda f: (f.distance[0]/100, f.distance[1]/100),
+        'a wide kernel: the mean feature distance over sigma squared'),
+    'mmd unit vectors, gamma 1/d': (
+        'mmd', 'noise', lambda f: (0, max_mmd(1/f.feature_dim, 2)),
+        'non-negative vectors of length one are at most sqrt 2 apart'),
+    'mmd raw vectors of length about 3, gamma 1/d (paper_raw_gamma1d)': (
+        'mmd', 'noise', lambda f: (
+            18/f.feature_dim*f.distance[0], 18/f.feature_dim*f.distance[1]),
+        'a wide kernel, if the vectors of the network are this short'),
+    'mmd raw vectors of length about 25, gamma 1/d': (
+        'mmd', 'noise', lambda f: (max_mmd(1/f.feature_dim, 625*f.distance[0]), 2),
+        'the same kernel is narrow for long vectors'),
+    'mmd median distance, either estimator': (
+        'mmd', 'noise', lambda f: (1-np.exp(-.5), 2),
+        'a distant set cannot have a small MMD'),
+    'mmd five bandwidths around the mean distance, summed': (
+        'mmd', 'noise', lambda f: (1-np.exp(-.5), 10),
+        'the middle one alone is too large'),
+    'mmd median distance, square root': (
+        'mmd', 'noise', lambda f: (np.sqrt(1-np.exp(-.5)), 2**.5),
+        'the root of a number below one is larger still'),
+    'mmd raw vectors, gamma 1, biased': (
+        'mmd', 'best', lambda f: (.99*2/f.n_images, 2),
+        'no two images are neighbors: the diagonals alone give 1/m + 1/n'),
+    'mmd unit vectors, sigma 10, times 1000 (CMMD as published)': (
+        'mmd', 'noise', lambda f: (10*f.distance[0], 10*f.distance[1]),
+        'a thousand times as large'),
 }
 
 # %% ../../nbs/5_evaluation/67_conventions.ipynb #26d64e2a
 def possible_conventions(
-    claims:dict, # From (metric, kind) to a value: metrics `ssim`, `ms_ssim` and `mmd`, kinds `noise` and `best` (the best score of an unpaired set)
-    image_size:int, # Pixels of a film's side
-    n_images:int, # Films in each set
-    feature_dim:int, # Entries of a vector
-    mean_feature_distance:tuple, # Least and largest plausible squared distance of the mean unit vectors of films and noise
+    claims:dict, # (metric, claim) to a value; the claim `best` is the best score of an unpaired set
+    image_size:int, # Side of the images in pixels
+    n_images:int, # Images in each set
+    feature_dim:int, # Length of a feature vector
+    mean_feature_distance:tuple, # Minimum and maximum squared distance of the mean unit vectors
     candidates:dict=CANDIDATES, # As `CANDIDATES`
 )->pd.DataFrame: # convention, claim, value, least, most, possible, why
-    "Which conventions can give the claimed values, and which cannot"
-    missing = sorted({(m, k) for m,k,*_ in candidates.values()}-set(claims))
-    if missing: raise ValueError(f'no claim for {missing}: give a value for each, or leave out the candidates that want it')
+    "Which conventions can give the claimed values"
+    facts = Facts(image_size, n_images, feature_dim, mean_feature_distance)
+    missing = sorted({(metric, claim) for metric,claim,*_ in candidates.values()}-set(claims))
+    if missing:
+        raise ValueError(
+            f'claims: no value for {missing}; fix: add one for each, or remove their candidates')
     rows = []
-    for name,(metric,kind,reach,why) in candidates.items():
-        least, most = reach(side=image_size, n=n_images, d=feature_dim, gap=mean_feature_distance)
-        rows.append((name, f'{metric} of {kind}', claims[metric, kind], least, most, bool(least<=claims[metric, kind]<=most), why))
-    return pd.DataFrame(rows, columns=['convention', 'claim', 'value', 'least', 'most', 'possible', 'why'])
+    for convention,(metric,claim,bounds,why) in candidates.items():
+        value = claims[metric, claim]
+        least, most = bounds(facts)
+        possible = bool(least<=value<=most)
+        rows.append((convention, f'{metric} of {claim}', value, least, most, possible, why))
+    return pd.DataFrame(
+        rows, columns=['convention', 'claim', 'value', 'least', 'most', 'possible', 'why'])

@@ -9,35 +9,63 @@ __all__ = ['DISTORTIONS', 'blur', 'translate', 'brighten', 'brighten_in_mask', '
 import cv2, numpy as np
 
 # %% ../../nbs/5_evaluation/68_sensitivity.ipynb #8346ba99
-def blur(images, masks, severity): return images.copy() if not severity else np.stack([cv2.GaussianBlur(f, (0, 0), severity) for f in images])
-def translate(images, masks, severity): return np.stack([cv2.copyMakeBorder(f, 0, 0, severity, 0, cv2.BORDER_REPLICATE)[:, :f.shape[1]] for f in images])
-def brighten(images, masks, severity): return np.clip(images+severity*255., 0, 255).round().astype(np.uint8)
-def brighten_in_mask(images, masks, severity): return np.where(masks>127, brighten(images, masks, severity), images)
-def blur_in_mask(images, masks, severity): return np.where(masks>127, blur(images, masks, severity), images)
+def blur(images, masks, severity):
+    "Gaussian blur; the severity is sigma in pixels"
+    if not severity: return images.copy()
+    return np.stack([cv2.GaussianBlur(image, (0, 0), severity) for image in images])
 
-DISTORTIONS = {'blur': (blur, (.5, 1., 2., 4.), 'sigma in pixels'), 'shift': (translate, (1, 2, 4, 8), 'pixels to the right'),
-           'brightness': (brighten, (.02, .05, .1, .2), 'added to each pixel, of the range'), 'seam': (brighten_in_mask, (.02, .05, .1, .2), 'the same, inside the mask only'),
-           'blur in mask': (blur_in_mask, (.5, 1., 2., 4.), 'sigma in pixels')}
+def translate(images, masks, severity):
+    "Translation to the right by a number of pixels; the first column is repeated"
+    moved = []
+    for image in images:
+        padded = cv2.copyMakeBorder(image, 0, 0, severity, 0, cv2.BORDER_REPLICATE)
+        moved.append(padded[:, :image.shape[1]])
+    return np.stack(moved)
+
+def brighten(images, masks, severity):
+    "A fraction of the gray range added to each pixel"
+    return np.clip(images+severity*255., 0, 255).round().astype(np.uint8)
+
+def brighten_in_mask(images, masks, severity):
+    "The same inside the mask only"
+    return np.where(masks>127, brighten(images, masks, severity), images)
+
+def blur_in_mask(images, masks, severity):
+    "Gaussian blur inside the mask only"
+    return np.where(masks>127, blur(images, masks, severity), images)
+
+DISTORTIONS = { # Name to function, severities and unit of the severity
+    'blur': (blur, (.5, 1., 2., 4.), 'sigma in pixels'),
+    'shift': (translate, (1, 2, 4, 8), 'pixels to the right'),
+    'brightness': (brighten, (.02, .05, .1, .2), 'fraction of the gray range'),
+    'seam': (brighten_in_mask, (.02, .05, .1, .2), 'the same inside the mask'),
+    'blur in mask': (blur_in_mask, (.5, 1., 2., 4.), 'sigma in pixels')}
 
 # %% ../../nbs/5_evaluation/68_sensitivity.ipynb #975c7d26
 def distort(
     images:np.ndarray, # (n, h, w), uint8
-    masks:np.ndarray, # The same shape, white where a model would draw
-    distortion:str, # A key of `DAMAGES`
-    severity:float, # As its entry says
+    masks:np.ndarray, # (n, h, w), uint8, white where a model would inpaint
+    distortion:str, # A key of `DISTORTIONS`
+    severity:float, # In the unit of the distortion; 0 for unchanged images
 )->np.ndarray: # (n, h, w), uint8
-    "Films with a known fault"
-    if distortion not in DISTORTIONS: raise ValueError(f'unknown damage {distortion!r}: one of {", ".join(DISTORTIONS)}')
-    if severity<0: raise ValueError(f'{distortion} by {severity}: amounts are zero or more')
-    if images.dtype!=np.uint8 or images.shape!=masks.shape: raise ValueError(f'films are {images.dtype} {images.shape}, masks {masks.shape}: want bytes, (n, h, w), and a mask for each')
+    "Apply a distortion to images"
+    if distortion not in DISTORTIONS:
+        raise ValueError(f'unknown distortion {distortion!r}; expected {", ".join(DISTORTIONS)}')
+    if severity<0: raise ValueError(f'{distortion}: severity is {severity}; expected at least 0')
+    if images.dtype!=np.uint8 or images.shape!=masks.shape:
+        raise ValueError(
+            f'images are {images.dtype} {images.shape} and masks {masks.shape}; expected uint8 '
+            '(n, h, w) and a mask for each image')
     return DISTORTIONS[distortion][0](images, masks, severity)
 
 # %% ../../nbs/5_evaluation/68_sensitivity.ipynb #0411f3bd
 def memorization_rate(
-    train:np.ndarray, # Features of the training films, (m, d)
-    synthetic:np.ndarray, # Features of the synthetic films, (n, d)
-)->float: # Share of the synthetic films
-    "How many synthetic films lie nearer to a training film than any two training films lie to each other"
-    if len(train)<2: raise ValueError(f'{len(train)} training films: want two at least, to know how near two films can be')
-    apart = lambda a,b: ((a[:, None].astype(float)-b)**2).sum(-1)
-    return float((apart(synthetic, train).min(1)<apart(train, train)[~np.eye(len(train), dtype=bool)].min()).mean())
+    train:np.ndarray, # Features of the training images, (m, d)
+    synthetic:np.ndarray, # Features of the generated images, (n, d)
+)->float: # Fraction of the generated images
+    "Fraction nearer to a training image than any two training images are to each other"
+    if len(train)<2: raise ValueError(f'{len(train)} training images; expected at least two')
+    def sq_distances(a, b): return ((a[:, None].astype(float)-b)**2).sum(-1)
+    different = ~np.eye(len(train), dtype=bool)
+    smallest = sq_distances(train, train)[different].min()
+    return float((sq_distances(synthetic, train).min(1)<smallest).mean())

@@ -4,120 +4,139 @@
 
 # %% auto #0
 __all__ = ['Generator', 'trunk', 'Discriminator', 'label_pool', 'sample_labels', 'discriminator_losses', 'generator_losses',
-           'ac_gan_step', 'discriminator_accuracy', 'accuracies', 'make_checkpoint_callback', 'train_ac_gan']
+           'ac_gan_step', 'discriminator_accuracy', 'accuracies', 'make_checkpoint_callback', 'train_conditional_gan',
+           'train_ac_gan']
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #24a3f1f6
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
+from dataclasses import replace
+from fastcore.meta import delegates
 from pathlib import Path
 from torch import nn
 from ..core import claim_run_dir, content_hash, progress
 from ..training import (
     configure_device, get_device, JsonlLogger, NanGuard, save_samples, to_tensor)
-from elbowsynth.gans.gan import (
-    adam, completed_steps, cuda_graphed, fixed_noise, generate, grad_norm, label_cross_entropy,
-    LABEL_FIELDS, log_checkpoint_metrics, maybe_compile, n_upsamples, no_param_grad, one_hot_labels,
-    optimizer_step, output_block, remaining_steps, scale_channels, training_batches, up_block,
-    validation_mask)
+from .settings import ACGANConfig
+from .gan import (
+    adam, completed_steps, cuda_graphed, fixed_noise, generate, get_label_fields, grad_norm,
+    label_cross_entropy, log_checkpoint_metrics, maybe_compile, n_upsamples, no_param_grad,
+    one_hot_labels, optimizer_step, output_block, remaining_steps, scale_channels, training_batches,
+    up_block, validation_mask)
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #31c0fa46
 class Generator(nn.Sequential):
-    "Noise (n, n_z) and labels (n, n_labels) to films (n, 1, size, size), the upper part of Table 5"
+    "Noise (n, latent_dim) and labels (n, n_labels) to images (n, 1, size, size), as in Table 5"
     def __init__(self,
-        size:int=256, # Side of the films; the first map has a side of 4
-        width:float=1., # Scales the number of feature maps
+        size:int=256, # Side of the images; the first feature map has a side of 4
+        width:float=1., # Scales the number of channels
         n_labels:int=18, # Width of the label
         latent_dim:int=256, # Width of the noise
     ):
-        k = [scale_channels(256>>i, width) for i in range(n_upsamples(4, size)+1)]
-        first = nn.Sequential(nn.Linear(latent_dim+n_labels, k[0]*16, bias=False), nn.Unflatten(1, (k[0], 4, 4)), nn.BatchNorm2d(k[0]))
-        super().__init__(first, *[up_block(a, b, nn.LeakyReLU(.2, inplace=True)) for a,b in zip(k, k[1:])], output_block(k[-1]))
+        channels = [scale_channels(256>>i, width) for i in range(n_upsamples(4, size)+1)]
+        first = nn.Sequential(
+            nn.Linear(latent_dim+n_labels, channels[0]*16, bias=False),
+            nn.Unflatten(1, (channels[0], 4, 4)), nn.BatchNorm2d(channels[0]))
+        blocks = [up_block(a, b, nn.LeakyReLU(.2, inplace=True))
+                  for a,b in zip(channels, channels[1:])]
+        super().__init__(first, *blocks, output_block(channels[-1]))
     def forward(self, z, y): return super().forward(torch.cat([z, y], 1))
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #826f48ec
 def trunk(
-    size:int, # Side of the films
-    width:float, # Scales the number of feature maps
-    dropout:float=.25, # After each row
-)->nn.Sequential: # Films (n, 1, size, size) to maps (n, 128, 4, 4)
+    size:int, # Side of the images
+    width:float, # Scales the number of channels
+    dropout:float=.25, # Dropout probability after each block
+)->nn.Sequential: # Images (n, 1, size, size) to feature maps (n, 128, 4, 4)
     "The convolutions of Tables 5 and 6"
     n = n_upsamples(4, size)
-    k = [1]+[scale_channels(256>>(n-i), width) for i in range(n)]
-    row = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(.2), nn.Dropout(dropout))
-    return nn.Sequential(*[row(a, b) for a,b in zip(k, k[1:])])
+    channels = [1]+[scale_channels(256>>(n-i), width) for i in range(n)]
+    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b),
+                            nn.LeakyReLU(.2), nn.Dropout(dropout))
+              for a,b in zip(channels, channels[1:])]
+    return nn.Sequential(*blocks)
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #91e2ad35
 class Discriminator(nn.Module):
-    "Films (n, 1, size, size) to scores (n, 1) and to logits of the label (n, n_labels), the lower part of Table 5"
+    "Images (n, 1, size, size) to scores (n, 1) and label logits (n, n_labels), as in Table 5"
     def __init__(self,
-        size:int=256, # Side of the films; the last map has a side of 4
-        width:float=1., # Scales the number of feature maps
+        size:int=256, # Side of the images; the last feature map has a side of 4
+        width:float=1., # Scales the number of channels
         n_labels:int=18, # Width of the label
-        dropout:float=.25, # After each row
+        dropout:float=.25, # Dropout probability after each block
     ):
         super().__init__()
-        self.trunk, features = trunk(size, width, dropout), 16*scale_channels(128, width)
-        self.score, self.kind = nn.Linear(features, 1), nn.Linear(features, n_labels)
+        n_features = 16*scale_channels(128, width)
+        self.trunk = trunk(size, width, dropout)
+        self.adv_head = nn.Linear(n_features, 1)
+        self.class_head = nn.Linear(n_features, n_labels)
     def forward(self, x):
-        h = self.trunk(x).flatten(1)
-        return self.score(h), self.kind(h)
+        features = self.trunk(x).flatten(1)
+        return self.adv_head(features), self.class_head(features)
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #ffb21801
 def label_pool(
     y:torch.Tensor, # (n, n_labels), of the training pairs
     label_sampling:str='empirical', # `empirical` or `uniform`
-)->torch.Tensor: # (k, n_labels), to draw rows from
-    "The labels that synthetic films may have"
-    if label_sampling not in ('empirical', 'uniform'): raise ValueError(f'fake_labels is {label_sampling!r}: "empirical" or "uniform"')
+)->torch.Tensor: # (k, n_labels), to sample rows from
+    "Labels that generated images can have"
+    if label_sampling not in ('empirical', 'uniform'): raise ValueError(
+        f'unknown label_sampling {label_sampling!r}; expected "empirical" or "uniform"')
     return y if label_sampling=='empirical' else y.unique(dim=0)
 
-# %% ../../nbs/3_gans/37_ac_gan.ipynb #7f77bebb
 def sample_labels(
-    pool:torch.Tensor, # (k, n_labels), as `label_table` gives it
-    count:int, # How many
+    pool:torch.Tensor, # (k, n_labels), from `label_pool`
+    count:int, # Number of labels
 )->torch.Tensor: # (count, n_labels)
-    "Labels drawn at random"
+    "Sample labels at random"
     return pool[torch.randint(len(pool), (count,), device=pool.device)]
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #89d3d74c
 def discriminator_losses(
-    dis:nn.Module, # Learns
-    x:torch.Tensor, # Real films
+    dis:nn.Module, # To be trained
+    x:torch.Tensor, # Real images
     y:torch.Tensor, # Their labels
-    fake:torch.Tensor, # Synthetic films, without a graph
-    y_fake:torch.Tensor, # The labels that they were made for
-    field_sizes:list[int], # Widths of the label's blocks
-    classify_fakes:bool=True, # Whether the label's head learns from synthetic films, too (Odena's AC-GAN does, the TAC-GAN does not)
-)->dict: # Name to term; their sum is what the discriminator makes smaller
-    "The terms of the discriminator's loss"
-    (score, kind), (score_fake, kind_fake) = dis(x), dis(fake)
-    terms = {'d_real': F.softplus(-score).mean(), 'd_fake': F.softplus(score_fake).mean(), 'class_real': label_cross_entropy(kind, y, field_sizes)}
-    return terms | ({'class_fake': label_cross_entropy(kind_fake, y_fake, field_sizes)} if classify_fakes else {})
+    fake:torch.Tensor, # Generated images, detached
+    y_fake:torch.Tensor, # The labels that they were generated for
+    field_sizes:list[int], # Number of values of each label field
+    classify_fakes:bool=True, # Train the class head on generated images, too; the TAC-GAN does not
+)->dict: # Name to loss term; the loss is their sum
+    "Terms of the discriminator's loss"
+    score,logits = dis(x)
+    score_fake,logits_fake = dis(fake)
+    losses = {'d_loss_real': F.softplus(-score).mean(),
+              'd_loss_fake': F.softplus(score_fake).mean(),
+              'd_class_real': label_cross_entropy(logits, y, field_sizes)}
+    if classify_fakes:
+        losses['d_class_fake'] = label_cross_entropy(logits_fake, y_fake, field_sizes)
+    return losses
 
-# %% ../../nbs/3_gans/37_ac_gan.ipynb #6b8ca509
 def generator_losses(
     dis:nn.Module, # Frozen
-    fake:torch.Tensor, # Synthetic films, with a graph
-    y:torch.Tensor, # The labels that they were made for
-    field_sizes:list[int], # Widths of the label's blocks
-)->dict: # Name to term; their sum is what the generator makes smaller
-    "The terms of the generator's loss"
-    score, kind = dis(fake)
-    return {'g_score': F.softplus(-score).mean(), 'g_class': label_cross_entropy(kind, y, field_sizes)}
+    fake:torch.Tensor, # Generated images, attached to the generator's graph
+    y:torch.Tensor, # The labels that they were generated for
+    field_sizes:list[int], # Number of values of each label field
+)->dict: # Name to loss term; the loss is their sum
+    "Terms of the generator's loss"
+    score,logits = dis(fake)
+    return {'g_adv': F.softplus(-score).mean(),
+            'g_class': label_cross_entropy(logits, y, field_sizes)}
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #45a4900b
 def ac_gan_step(
-    gen:nn.Module, dis:nn.Module, opt_g, opt_d, # The players
-    x:torch.Tensor, # A minibatch of real films
+    gen:nn.Module, dis:nn.Module, opt_g, opt_d, # Networks and their optimizers
+    x:torch.Tensor, # A batch of real images
     y:torch.Tensor, # Their labels
-    pool:torch.Tensor, # Labels for synthetic ones
-    field_sizes:list[int], # Widths of the label's blocks
+    pool:torch.Tensor, # Labels for generated images, from `label_pool`
+    field_sizes:list[int], # Number of values of each label field
     d_loss=discriminator_losses, g_loss=generator_losses, # As they are, or compiled
-)->dict: # Both losses' terms
-    "A step of the discriminator and one of the generator"
-    noise, y_fake = (lambda: torch.randn(len(x), 256, device=x.device, dtype=x.dtype)), sample_labels(pool, len(x))
+)->dict: # Terms of both losses
+    "One step of the discriminator and one of the generator"
+    def noise(): return torch.randn(len(x), 256, device=x.device, dtype=x.dtype)
+    y_fake = sample_labels(pool, len(x))
     with torch.no_grad(): fake = gen(noise(), y_fake)
     d_terms = d_loss(dis, x, y, fake, y_fake, field_sizes)
     optimizer_step(opt_d, sum(d_terms.values()))
+
     y_fake = sample_labels(pool, len(x))
     with no_param_grad(dis):
         g_terms = g_loss(dis, gen(noise(), y_fake), y_fake, field_sizes)
@@ -127,101 +146,159 @@ def ac_gan_step(
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #be0da94b
 @torch.no_grad()
 def discriminator_accuracy(
-    dis:nn.Module, # Is put into evaluation mode and back
+    dis:nn.Module, # Switched to evaluation mode and back
     x:torch.Tensor, # (n, 1, size, size) in [-1, 1]
     y:torch.Tensor, # (n, n_labels)
-    field_sizes:list[int], # Widths of the label's blocks; the first is read
-)->tuple: # Share taken for real; share whose first block is right
-    "The discriminator's verdict on films"
-    mode = dis.training
-    score, kind = dis.eval()(x)
-    dis.train(mode)
-    right = kind.split(field_sizes, 1)[0].argmax(1)==y.split(field_sizes, 1)[0].argmax(1)
-    return (score>0).double().mean(), right.double().mean()
+    field_sizes:list[int], # Number of values of each label field; only the first field is evaluated
+)->tuple: # Share of images classified as real; accuracy in the first label field
+    "Accuracy of the discriminator"
+    was_training = dis.training
+    score,logits = dis.eval()(x)
+    dis.train(was_training)
+    predicted = logits.split(field_sizes, 1)[0].argmax(1)
+    correct = predicted==y.split(field_sizes, 1)[0].argmax(1)
+    return (score>0).double().mean(), correct.double().mean()
 
-# %% ../../nbs/3_gans/37_ac_gan.ipynb #895b65f9
 def accuracies(
-    gen:nn.Module, # Is put into evaluation mode and back
-    dis:nn.Module, # Likewise
-    x:torch.Tensor, # Real films
+    gen:nn.Module, # Switched to evaluation mode and back
+    dis:nn.Module, # Switched to evaluation mode and back
+    x:torch.Tensor, # Real images
     y:torch.Tensor, # Their labels
-    field_sizes:list[int], # Widths of the label's blocks
-)->dict: # For D's accuracy on real and synthetic films and the class accuracy on both, synthetic films having the same labels
-    "Accuracies to write down; no random number is used up"
+    field_sizes:list[int], # Number of values of each label field
+)->dict: # Accuracy of real against generated, and of the class, for real and for generated images
+    "Accuracies on real images and on generated ones of the same labels; consumes no random numbers"
     z = fixed_noise([str(i) for i in range(len(x))]).to(x.device)
     fake = to_tensor(generate(gen, z, y)).to(x.device)
-    (real_as_real, class_real), (fake_as_real, class_fake) = discriminator_accuracy(dis, x, y, field_sizes), discriminator_accuracy(dis, fake, y, field_sizes)
-    return {'d_right_real': real_as_real, 'd_right_fake': 1-fake_as_real, 'class_right_real': class_real, 'class_right_fake': class_fake}
+    real_as_real,class_acc_real = discriminator_accuracy(dis, x, y, field_sizes)
+    fake_as_real,class_acc_fake = discriminator_accuracy(dis, fake, y, field_sizes)
+    return {'d_acc_real': real_as_real, 'd_acc_fake': 1-fake_as_real,
+            'class_acc_real': class_acc_real, 'class_acc_fake': class_acc_fake}
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #62a7a86a
 def make_checkpoint_callback(
-    out:Path, gen:nn.Module, dis:nn.Module, # Where, and whose films
-    train_images:torch.Tensor, y:torch.Tensor, # Training films, uint8, on the device, and their labels
-    sample_sets:dict, # Folder to pairs and their labels: `samples` and `validation`
-    validation_images:np.ndarray, # Films of the validation pairs
-    field_sizes:list[int], metrics_log:JsonlLogger, seed:int, # Widths of blocks; where signs are written down; of the noise
-): # Called with passes and minibatches done
-    "What a GAN with labels shows at a milestone: a film for each test and validation pair, a grid, and the signs of what goes wrong"
-    images, device = train_images.cpu().numpy(), train_images.device
-    some = torch.linspace(0, len(train_images)-1, min(100, len(train_images)), device=device).long()
-    def mark(epoch, step):
-        for kind in ('validation', 'samples'):
-            p, labels = sample_sets[kind]
-            if len(p): save_samples(out/kind, epoch, p.pair, generate(gen, fixed_noise(p.pair, seed), labels))
-        right = {k: float(v) for k,v in accuracies(gen, dis, to_tensor(train_images[some]), y[some], field_sizes).items()}
-        if len(validation_images): right['class_right_held'] = float(discriminator_accuracy(dis, to_tensor(torch.from_numpy(validation_images).to(device)), sample_sets['validation'][1].to(device), field_sizes)[1])
-        log_checkpoint_metrics(out, epoch, step, lambda z, labels: generate(gen, z, labels), images, y.cpu().numpy(), validation_images, metrics_log, seed, **right)
-    return mark
+    out:Path, gen:nn.Module, dis:nn.Module, # Folder of the model; its networks
+    train_images:torch.Tensor, y:torch.Tensor, # Training images, uint8, on the device, and labels
+    sample_sets:dict, # `samples` and `validation` to their pairs and labels
+    validation_images:np.ndarray, # Images of the validation pairs
+    field_sizes:list[int], metrics_log:JsonlLogger, seed:int, # Label fields; log; seed of the noise
+): # Called with epochs and steps done
+    "Make the function that generates images and logs metrics at a conditional GAN's checkpoints"
+    images = train_images.cpu().numpy()
+    device = train_images.device
+    n = len(train_images)
+    evaluated = torch.linspace(0, n-1, min(100, n), device=device).long()
+    validation_labels = sample_sets['validation'][1].to(device)
+    def generate_fn(z, labels): return generate(gen, z, labels)
+
+    def on_checkpoint(epoch, step):
+        for output in ('validation', 'samples'):
+            pairs,labels = sample_sets[output]
+            if not len(pairs): continue
+            generated = generate(gen, fixed_noise(pairs.pair, seed), labels)
+            save_samples(out/output, epoch, pairs.pair, generated)
+        x = to_tensor(train_images[evaluated])
+        metrics = {name: float(v)
+                   for name,v in accuracies(gen, dis, x, y[evaluated], field_sizes).items()}
+        if len(validation_images):
+            x = to_tensor(torch.from_numpy(validation_images).to(device))
+            _,class_acc = discriminator_accuracy(dis, x, validation_labels, field_sizes)
+            metrics['class_acc_val'] = float(class_acc)
+        log_checkpoint_metrics(out, epoch, step, generate_fn, images, y.cpu().numpy(),
+                               validation_images, metrics_log, seed, **metrics)
+    return on_checkpoint
+
+# %% ../../nbs/3_gans/37_ac_gan.ipynb #0bed77b0
+def train_conditional_gan(
+    images:np.ndarray, # (n, size, size) uint8, the image of each training pair
+    pairs:pd.DataFrame, # Training pairs: a column for each label field
+    test:pd.DataFrame, # Test pairs: `pair` as well
+    out:Path, # Folder of the stage
+    config, # `ACGANConfig` or `TACGANConfig`
+    name:str, # Name in the progress bar
+    build_nets, # Takes size and config; returns a dict with `gen` and `dis` first
+    build_optimizers, # Takes the networks and config; returns a dict
+    step_fn, # Called with networks, optimizers, x, y, label pool, field sizes and loss functions
+    loss_fns:tuple, # Loss functions of `step_fn`, compiled if the config says so
+)->Path: # `out`
+    "Train a GAN with labels and generate images at its checkpoints"
+    out,size = Path(out), images.shape[-1]
+    device = configure_device(get_device(config.device))
+    label_fields = get_label_fields(config.label_fields)
+    field_sizes = [len(values) for values in label_fields.values()]
+    is_validation = validation_mask(pairs, config.validation_fraction).values
+    train_pairs,validation_pairs = pairs[~is_validation], pairs[is_validation]
+    y,validation_y,test_y = (one_hot_labels(table, label_fields, config.n_labels)
+                             for table in (train_pairs, validation_pairs, test))
+    validation_names = list(pairs.get('pair', pairs.index)[is_validation])
+    claim_run_dir(out, {
+        'images_hash': content_hash(images[~is_validation], y.numpy()),
+        'test_hash': content_hash(list(test.pair), test_y.numpy(), validation_names),
+        'width': config.width, 'checkpoint_every': config.checkpoint_every,
+        'batch_size': config.batch_size, 'betas': config.betas, 'dropout': config.dropout,
+        'lr': [config.lr_g, config.lr_d, config.lr_classifier], 'label_fields': label_fields,
+        'label_sampling': config.label_sampling, 'seed': config.seed})
+
+    torch.manual_seed(config.seed)
+    nets = {key: net.to(device) for key,net in build_nets(size, config).items()}
+    opts = build_optimizers(nets, config)
+    train_images = torch.from_numpy(images[~is_validation]).to(device)
+    n,y = len(train_images), y.to(device)
+    pool = label_pool(y, config.label_sampling)
+    losses = [maybe_compile(loss_fn, device, config.compile) for loss_fn in loss_fns]
+    start = completed_steps(out)
+    log = JsonlLogger(out/'log.jsonl', start, config.tensorboard, config.batch_size)
+    metrics_log = JsonlLogger(out/'checkpoint_metrics.jsonl', start, config.tensorboard)
+    guard = NanGuard(device)
+    def train_step(indices):
+        x = to_tensor(train_images[indices])
+        terms = step_fn(*nets.values(), *opts.values(), x, y[indices], pool, field_sizes, *losses)
+        guard.update(*terms.values())
+        return terms
+
+    sample_sets = {'validation': (validation_pairs, validation_y), 'samples': (test, test_y)}
+    on_checkpoint = make_checkpoint_callback(
+        out, nets['gen'], nets['dis'], train_images, y, sample_sets, images[is_validation],
+        field_sizes, metrics_log, config.seed)
+    generator_config = {'size': size, 'width': config.width, 'n_labels': config.n_labels}
+    batches = training_batches(
+        out, n, config.batch_size, config.epochs, config.checkpoint_every, config.seed, nets, opts,
+        on_checkpoint, guard, config.log_every, model_config={
+            'module': 'gans.ac_gan', 'generator': generator_config, 'label_fields': label_fields})
+    train_step = cuda_graphed(train_step, device)
+    n_steps = remaining_steps(out, n, config.batch_size, config.epochs)
+    for step,indices in progress(batches, name, n_steps, config.max_minutes):
+        terms = train_step(indices)
+        if step==1 or step%config.log_every==0:
+            x = to_tensor(train_images[indices])
+            log.write(step, epoch=step*config.batch_size/n, **terms,
+                      **accuracies(nets['gen'], nets['dis'], x, y[indices], field_sizes),
+                      **{f'grad_norm_{key}': grad_norm(net) for key,net in nets.items()})
+    return out
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #e3370b1b
+def _build_nets(size, config):
+    return {'gen': Generator(size, config.width, config.n_labels),
+            'dis': Discriminator(size, config.width, config.n_labels, config.dropout)}
+
+def _build_optimizers(nets, config):
+    dis = nets['dis']
+    body = [*dis.trunk.parameters(), *dis.adv_head.parameters()]
+    class_head = {'params': list(dis.class_head.parameters()), 'lr': config.lr_classifier}
+    return {'opt_g': adam(nets['gen'].parameters(), config.lr_g, config.betas),
+            'opt_d': adam([{'params': body}, class_head], config.lr_d, config.betas)}
+
+@delegates(ACGANConfig)
 def train_ac_gan(
-    images:np.ndarray, # (n, size, size) uint8, the film of each training pair
-    pairs:pd.DataFrame, # Training pairs: a column for each block of the label
+    images:np.ndarray, # (n, size, size) uint8, the image of each training pair
+    pairs:pd.DataFrame, # Training pairs: a column for each label field
     test:pd.DataFrame, # Test pairs: `pair` as well
-    out:Path, # The stage's folder
-    width:float=1., # Scales the feature maps of both networks
-    epochs:int=4000, # Passes over the films (Table 5)
-    checkpoint_every:int=500, # Passes between two checkpoints (Section 3.3)
-    batch_size:int=5, # Films in a minibatch (Table 5)
-    lr_g:float=5e-4, # Adam's rate, generator (Table 5)
-    lr_d:float=2e-4, # Adam's rate, discriminator (Table 5)
-    lr_classifier:float=2e-4, # Adam's rate, the head that reads the label (Table 5)
-    betas:tuple=(.5, .999), # Adam's decay rates (Table 5)
-    dropout:float=.25, # After each row of the discriminator (Table 5)
-    label_fields:dict=LABEL_FIELDS, # Column to the words that it may hold
-    n_labels:int=18, # Width of the label (Table 5)
-    label_sampling:str='empirical', # How labels of synthetic films are drawn; or `uniform`
-    validation_fraction:float=0., # Share of the training patients to keep out and to draw for
-    seed:int=0, # Of weights, noise and the order of the films
-    device:str='auto', # Where to train
-    log_every:int=100, # Minibatches between two records
-    tensorboard:bool=False, # Whether to log for TensorBoard, too
-    compile:bool=False, # Whether to compile the losses (CUDA)
-    max_minutes:float=0, # Minutes that it may take; 0 for no limit
+    out:Path, # Folder of the stage
+    config:ACGANConfig=ACGANConfig(), # Settings; the default is Table 5
+    **kwargs, # Fields of `config` to change
 )->Path: # `out`
-    "Train an AC-GAN and sample it at its checkpoints"
-    out, size, sizes, device, spare = Path(out), images.shape[-1], [len(o) for o in label_fields.values()], configure_device(get_device(device)), validation_mask(pairs, validation_fraction).values
-    y, *labels = (one_hot_labels(p, label_fields, n_labels) for p in (pairs[~spare], pairs[spare], test))
-    drawn = dict(zip(('validation', 'samples'), zip((pairs[spare], test), labels)))
-    claim_run_dir(out, dict(films=content_hash(images[~spare], y.numpy()), test=content_hash(list(test.pair), labels[1].numpy(), list(pairs.get('pair', pairs.index)[spare])), width=width,
-                    every=checkpoint_every, batch=batch_size, lr=[lr_g, lr_d, lr_classifier], betas=betas, dropout=dropout, blocks=label_fields, fake_labels=label_sampling, seed=seed))
-    torch.manual_seed(seed)
-    gen, dis = Generator(size, width, n_labels).to(device), Discriminator(size, width, n_labels, dropout).to(device)
-    body = [*dis.trunk.parameters(), *dis.score.parameters()]
-    opt_g, opt_d = adam(gen.parameters(), lr_g, betas), adam([{'params': body}, {'params': list(dis.kind.parameters()), 'lr': lr_classifier}], lr_d, betas)
-    films, y, n, guard = torch.from_numpy(images[~spare]).to(device), y.to(device), int((~spare).sum()), NanGuard(device)
-    table, losses = label_pool(y, label_sampling), [maybe_compile(f, device, compile) for f in (discriminator_losses, generator_losses)]
-    log, checks = JsonlLogger(out/'log.jsonl', completed_steps(out), tensorboard, batch_size), JsonlLogger(out/'checks.jsonl', completed_steps(out), tensorboard)
-    def turn(at):
-        terms = ac_gan_step(gen, dis, opt_g, opt_d, to_tensor(films[at]), y[at], table, sizes, *losses)
-        guard.watch(*terms.values())
-        return terms
-    play, mark = cuda_graphed(turn, device), make_checkpoint_callback(out, gen, dis, films, y, drawn, images[spare], sizes, checks, seed)
-    about = {'page': 'ac_gan', 'generator': {'size': size, 'width': width, 'n_labels': n_labels}, 'blocks': label_fields}
-    work = training_batches(out, n, batch_size, epochs, checkpoint_every, seed, {'gen': gen, 'dis': dis}, {'opt_g': opt_g, 'opt_d': opt_d}, mark, guard, log_every, None, about)
-    for step,at in progress(work, 'AC-GAN', remaining_steps(out, n, batch_size, epochs), max_minutes):
-        terms = play(at)
-        if step==1 or step%log_every==0:
-            log.write(step, epoch=step*batch_size/n, **terms, **accuracies(gen, dis, to_tensor(films[at]), y[at], sizes),
-                      gradient_gen=grad_norm(gen), gradient_dis=grad_norm(dis))
-    return out
+    "Train an AC-GAN and generate images at its checkpoints"
+    return train_conditional_gan(
+        images, pairs, test, out, replace(config, **kwargs), 'AC-GAN', _build_nets,
+        _build_optimizers, ac_gan_step, (discriminator_losses, generator_losses))
+
+train_ac_gan.__delwrap__ = ACGANConfig # Where docments finds the comments of the fields

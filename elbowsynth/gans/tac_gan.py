@@ -7,109 +7,93 @@ __all__ = ['TwinClassifier', 'tac_generator_losses', 'tac_gan_step', 'train_tac_
 
 # %% ../../nbs/3_gans/38_tac_gan.ipynb #dc772cb0
 import numpy as np, pandas as pd, torch
+from dataclasses import replace
+from fastcore.meta import delegates
 from pathlib import Path
 from torch import nn
-from ..core import claim_run_dir, content_hash, progress
-from ..training import configure_device, get_device, JsonlLogger, NanGuard, to_tensor
+from .settings import TACGANConfig
 from .gan import (
-    adam, completed_steps, cuda_graphed, grad_norm, label_cross_entropy, LABEL_FIELDS,
-    maybe_compile, no_param_grad, one_hot_labels, optimizer_step, remaining_steps, scale_channels,
-    training_batches, validation_mask)
+    adam, label_cross_entropy, no_param_grad, optimizer_step, scale_channels)
 from .ac_gan import (
-    accuracies, Discriminator, discriminator_losses, Generator, generator_losses, label_pool,
-    make_checkpoint_callback, sample_labels, trunk)
+    Discriminator, discriminator_losses, Generator, generator_losses, sample_labels,
+    train_conditional_gan, trunk)
 
 # %% ../../nbs/3_gans/38_tac_gan.ipynb #545d6011
 class TwinClassifier(nn.Sequential):
-    "Films (n, 1, size, size) to logits of the label (n, n_labels), the lowest part of Table 6"
+    "Images (n, 1, size, size) to label logits (n, n_labels), the lowest part of Table 6"
     def __init__(self,
-        size:int=256, # Side of the films; the last map has a side of 4
-        width:float=1., # Scales the number of feature maps
+        size:int=256, # Side of the images; the last feature map has a side of 4
+        width:float=1., # Scales the number of channels
         n_labels:int=18, # Width of the label
-        dropout:float=.25, # After each row
-    ): super().__init__(*trunk(size, width, dropout), nn.Sequential(nn.Flatten(), nn.Linear(16*scale_channels(128, width), n_labels)))
+        dropout:float=.25, # Dropout probability after each block
+    ):
+        n_features = 16*scale_channels(128, width)
+        logits = nn.Sequential(nn.Flatten(), nn.Linear(n_features, n_labels))
+        super().__init__(*trunk(size, width, dropout), logits)
 
 # %% ../../nbs/3_gans/38_tac_gan.ipynb #3e0e59f3
 def tac_generator_losses(
     dis:nn.Module, # Frozen
     twin:nn.Module, # Frozen
-    fake:torch.Tensor, # Synthetic films, with a graph
-    y:torch.Tensor, # The labels that they were made for
-    field_sizes:list[int], # Widths of the label's blocks
-)->dict: # Name to term; their sum is what the generator makes smaller
-    "The terms of the generator's loss: those of the AC-GAN, less the twin's cross-entropy"
-    return generator_losses(dis, fake, y, field_sizes) | {'g_twin': -label_cross_entropy(twin(fake), y, field_sizes)}
+    fake:torch.Tensor, # Generated images, attached to the generator's graph
+    y:torch.Tensor, # The labels that they were generated for
+    field_sizes:list[int], # Number of values of each label field
+)->dict: # Name to loss term; the loss is their sum
+    "Terms of the generator's loss: those of the AC-GAN, minus the twin's cross-entropy"
+    losses = generator_losses(dis, fake, y, field_sizes)
+    losses['g_twin'] = -label_cross_entropy(twin(fake), y, field_sizes)
+    return losses
 
 # %% ../../nbs/3_gans/38_tac_gan.ipynb #59bed8fb
 def tac_gan_step(
-    gen:nn.Module, dis:nn.Module, twin:nn.Module, opt_g, opt_d, opt_c, # The players
-    x:torch.Tensor, # A minibatch of real films
+    gen:nn.Module, dis:nn.Module, twin:nn.Module, # Networks
+    opt_g, opt_d, opt_c, # Optimizers of generator, discriminator and twin classifier
+    x:torch.Tensor, # A batch of real images
     y:torch.Tensor, # Their labels
-    pool:torch.Tensor, # Labels for synthetic ones
-    field_sizes:list[int], # Widths of the label's blocks
-    d_loss=discriminator_losses, c_loss=label_cross_entropy, g_loss=tac_generator_losses, # As they are, or compiled
-)->dict: # All losses' terms
-    "A step of the discriminator, one of the twin and one of the generator"
-    noise, y_fake = (lambda: torch.randn(len(x), 256, device=x.device, dtype=x.dtype)), sample_labels(pool, len(x))
+    pool:torch.Tensor, # Labels for generated images, from `label_pool`
+    field_sizes:list[int], # Number of values of each label field
+    d_loss=discriminator_losses, c_loss=label_cross_entropy, # As they are, or compiled
+    g_loss=tac_generator_losses, # As it is, or compiled
+)->dict: # Terms of all losses
+    "One step of the discriminator, one of the twin and one of the generator"
+    def noise(): return torch.randn(len(x), 256, device=x.device, dtype=x.dtype)
+    y_fake = sample_labels(pool, len(x))
     with torch.no_grad(): fake = gen(noise(), y_fake)
-    d_terms = d_loss(dis, x, y, fake, y_fake, field_sizes, fakes=False)
+    d_terms = d_loss(dis, x, y, fake, y_fake, field_sizes, classify_fakes=False)
     optimizer_step(opt_d, sum(d_terms.values()))
+
     twin_loss = c_loss(twin(fake), y_fake, field_sizes)
     optimizer_step(opt_c, twin_loss)
+
     y_fake = sample_labels(pool, len(x))
     with no_param_grad(dis, twin):
         g_terms = g_loss(dis, twin, gen(noise(), y_fake), y_fake, field_sizes)
         optimizer_step(opt_g, sum(g_terms.values()))
-    return d_terms | {'twin': twin_loss} | g_terms
+    return d_terms | {'twin_loss': twin_loss} | g_terms
 
 # %% ../../nbs/3_gans/38_tac_gan.ipynb #05a2abc8
+def _build_nets(size, config):
+    return {'gen': Generator(size, config.width, config.n_labels),
+            'dis': Discriminator(size, config.width, config.n_labels, config.dropout),
+            'twin': TwinClassifier(size, config.width, config.n_labels, config.dropout)}
+
+def _build_optimizers(nets, config):
+    rates = {'gen': config.lr_g, 'dis': config.lr_d, 'twin': config.lr_classifier}
+    return {f'opt_{key}': adam(nets[key].parameters(), lr, config.betas) for key,lr in rates.items()}
+
+@delegates(TACGANConfig)
 def train_tac_gan(
-    images:np.ndarray, # (n, size, size) uint8, the film of each training pair
-    pairs:pd.DataFrame, # Training pairs: a column for each block of the label
+    images:np.ndarray, # (n, size, size) uint8, the image of each training pair
+    pairs:pd.DataFrame, # Training pairs: a column for each label field
     test:pd.DataFrame, # Test pairs: `pair` as well
-    out:Path, # The stage's folder
-    width:float=1., # Scales the feature maps of the three networks
-    epochs:int=4000, # Passes over the films (Table 6)
-    checkpoint_every:int=500, # Passes between two checkpoints (Section 3.3)
-    batch_size:int=5, # Films in a minibatch (Table 6)
-    lr_g:float=5e-4, # Adam's rate, generator (Table 6)
-    lr_d:float=2e-4, # Adam's rate, discriminator (Table 6)
-    lr_classifier:float=2e-4, # Adam's rate, twin (Table 6)
-    betas:tuple=(.5, .999), # Adam's decay rates (Table 6)
-    dropout:float=.25, # After each row of discriminator and twin (Table 6)
-    label_fields:dict=LABEL_FIELDS, # Column to the words that it may hold
-    n_labels:int=18, # Width of the label (Table 6)
-    label_sampling:str='empirical', # How labels of synthetic films are drawn; or `uniform`
-    validation_fraction:float=0., # Share of the training patients to keep out and to draw for
-    seed:int=0, # Of weights, noise and the order of the films
-    device:str='auto', # Where to train
-    log_every:int=100, # Minibatches between two records
-    tensorboard:bool=False, # Whether to log for TensorBoard, too
-    compile:bool=False, # Whether to compile the losses (CUDA)
-    max_minutes:float=0, # Minutes that it may take; 0 for no limit
+    out:Path, # Folder of the stage
+    config:TACGANConfig=TACGANConfig(), # Settings; the default is Table 6
+    **kwargs, # Fields of `config` to change
 )->Path: # `out`
-    "Train a TAC-GAN and sample it at its checkpoints"
-    out, size, sizes, device, spare = Path(out), images.shape[-1], [len(o) for o in label_fields.values()], configure_device(get_device(device)), validation_mask(pairs, validation_fraction).values
-    y, *labels = (one_hot_labels(p, label_fields, n_labels) for p in (pairs[~spare], pairs[spare], test))
-    drawn = dict(zip(('validation', 'samples'), zip((pairs[spare], test), labels)))
-    claim_run_dir(out, dict(films=content_hash(images[~spare], y.numpy()), test=content_hash(list(test.pair), labels[1].numpy(), list(pairs.get('pair', pairs.index)[spare])), width=width,
-                    every=checkpoint_every, batch=batch_size, lr=[lr_g, lr_d, lr_classifier], betas=betas, dropout=dropout, blocks=label_fields, fake_labels=label_sampling, seed=seed))
-    torch.manual_seed(seed)
-    nets = {'gen': Generator(size, width, n_labels), 'dis': Discriminator(size, width, n_labels, dropout), 'twin': TwinClassifier(size, width, n_labels, dropout)}
-    opts = {f'opt_{k}': adam(nets[k].to(device).parameters(), lr, betas) for k,lr in (('gen', lr_g), ('dis', lr_d), ('twin', lr_classifier))}
-    films, y, n, guard = torch.from_numpy(images[~spare]).to(device), y.to(device), int((~spare).sum()), NanGuard(device)
-    table, losses = label_pool(y, label_sampling), [maybe_compile(f, device, compile) for f in (discriminator_losses, label_cross_entropy, tac_generator_losses)]
-    log, checks = JsonlLogger(out/'log.jsonl', completed_steps(out), tensorboard, batch_size), JsonlLogger(out/'checks.jsonl', completed_steps(out), tensorboard)
-    def turn(at):
-        terms = tac_gan_step(*nets.values(), *opts.values(), to_tensor(films[at]), y[at], table, sizes, *losses)
-        guard.watch(*terms.values())
-        return terms
-    play, mark = cuda_graphed(turn, device), make_checkpoint_callback(out, nets['gen'], nets['dis'], films, y, drawn, images[spare], sizes, checks, seed)
-    about = {'page': 'ac_gan', 'generator': {'size': size, 'width': width, 'n_labels': n_labels}, 'blocks': label_fields}
-    work = training_batches(out, n, batch_size, epochs, checkpoint_every, seed, nets, opts, mark, guard, log_every, None, about)
-    for step,at in progress(work, 'TAC-GAN', remaining_steps(out, n, batch_size, epochs), max_minutes):
-        terms = play(at)
-        if step==1 or step%log_every==0:
-            log.write(step, epoch=step*batch_size/n, **terms, **accuracies(nets['gen'], nets['dis'], to_tensor(films[at]), y[at], sizes),
-                      **{f'gradient_{k}': grad_norm(net) for k,net in nets.items()})
-    return out
+    "Train a TAC-GAN and generate images at its checkpoints"
+    loss_fns = discriminator_losses, label_cross_entropy, tac_generator_losses
+    return train_conditional_gan(
+        images, pairs, test, out, replace(config, **kwargs), 'TAC-GAN', _build_nets,
+        _build_optimizers, tac_gan_step, loss_fns)
+
+train_tac_gan.__delwrap__ = TACGANConfig # Where docments finds the comments of the fields

@@ -13,6 +13,8 @@ import shutil
 import numpy as np, pandas as pd, torch
 from collections import deque
 from contextlib import nullcontext
+from dataclasses import replace
+from fastcore.meta import delegates
 from functools import partial
 from pathlib import Path
 from torch import nn
@@ -20,6 +22,7 @@ from ..core import atomic_write, claim_run_dir, content_hash, progress
 from ..training import (
     configure_device, get_device, JsonlLogger, NanGuard, save_samples, to_tensor)
 from ..data.classes import PATHOLOGIES, VIEWS
+from .settings import WGANGPConfig
 from elbowsynth.gans.gan import (
     adam, completed_steps, cuda_graphed, fixed_noise, generate, grad_norm, log_checkpoint_metrics,
     n_upsamples, output_block, remaining_steps, scale_channels, training_batches, up_block,
@@ -27,124 +30,140 @@ from elbowsynth.gans.gan import (
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #303867f5
 class Generator(nn.Sequential):
-    "Noise (n, n_z) to films (n, 1, size, size), the upper half of Table 4"
+    "Noise (n, latent_dim) to images (n, 1, size, size), the upper half of Table 4"
     def __init__(self,
-        size:int=256, # Side of the films; 16 times the side of the first map
-        width:float=1., # Scales the number of feature maps
+        size:int=256, # Side of the images; 16 times the side of the first feature map
+        width:float=1., # Scales the number of channels
         latent_dim:int=256, # Width of the noise
     ):
-        side, act = 2**n_upsamples(16, size), nn.ELU(.2, inplace=True)
-        k = [scale_channels(n, width) for n in (512, 256, 128, 64, 32)]
-        first = nn.Sequential(nn.Linear(latent_dim, k[0]*side**2, bias=False), nn.Unflatten(1, (k[0], side, side)), nn.BatchNorm2d(k[0]), act)
-        super().__init__(first, *[up_block(a, b, act) for a,b in zip(k, k[1:])], output_block(k[-1]))
+        side = 2**n_upsamples(16, size)
+        act = nn.ELU(.2, inplace=True)
+        channels = [scale_channels(n, width) for n in (512, 256, 128, 64, 32)]
+        first = nn.Sequential(
+            nn.Linear(latent_dim, channels[0]*side**2, bias=False),
+            nn.Unflatten(1, (channels[0], side, side)), nn.BatchNorm2d(channels[0]), act)
+        blocks = [up_block(a, b, act) for a,b in zip(channels, channels[1:])]
+        super().__init__(first, *blocks, output_block(channels[-1]))
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #7f356a78
 class Critic(nn.Sequential):
-    "Films (n, 1, size, size) to scores (n, 1), the lower half of Table 4"
+    "Images (n, 1, size, size) to scores (n, 1), the lower half of Table 4"
     def __init__(self,
-        size:int=256, # Side of the films; 32 times the side of the last map
-        width:float=1., # Scales the number of feature maps
-        dropout:float=.25, # After each convolution
+        size:int=256, # Side of the images; 32 times the side of the last feature map
+        width:float=1., # Scales the number of channels
+        dropout:float=.25, # Dropout probability after each convolution
     ):
         side = 2**(n_upsamples(16, size)-1)
-        k = [1]+[scale_channels(n, width) for n in (64, 128, 256, 512, 512)]
-        rows = [nn.Sequential(nn.Conv2d(a, b, 5, 2, 2), nn.ELU(.2), nn.Dropout(dropout)) for a,b in zip(k, k[1:])]
-        super().__init__(*rows, nn.Sequential(nn.Flatten(), nn.Linear(k[-1]*side**2, 1)))
+        channels = [1]+[scale_channels(n, width) for n in (64, 128, 256, 512, 512)]
+        blocks = [nn.Sequential(nn.Conv2d(a, b, 5, 2, 2), nn.ELU(.2), nn.Dropout(dropout))
+                  for a,b in zip(channels, channels[1:])]
+        score = nn.Sequential(nn.Flatten(), nn.Linear(channels[-1]*side**2, 1))
+        super().__init__(*blocks, score)
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #d39b2b53
 def gradient_penalty(
     critic:nn.Module, # (n, 1, h, w) to (n, 1)
     real:torch.Tensor, # (n, 1, h, w)
-    fake:torch.Tensor, # The same shape, without a graph
+    fake:torch.Tensor, # The same shape, detached
 )->torch.Tensor: # To be multiplied by lambda
-    "Mean squared distance from one of the norm, over all pixels of a film, of the critic's gradient between `real` and `fake`"
+    "Mean of (norm - 1)² of the critic's gradient by all pixels of images between real and fake"
     eps = torch.rand(len(real), 1, 1, 1, device=real.device)
-    between = (eps*real+(1-eps)*fake).requires_grad_()
-    slope, = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
-    return ((slope.flatten(1).norm(2, dim=1)-1)**2).mean()
+    interpolated = (eps*real+(1-eps)*fake).requires_grad_()
+    gradient, = torch.autograd.grad(critic(interpolated).sum(), interpolated, create_graph=True)
+    return ((gradient.flatten(1).norm(2, dim=1)-1)**2).mean()
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #e836b8f8
 def critic_loss(
-    critic:nn.Module, # Learns
+    critic:nn.Module, # To be trained
     real:torch.Tensor, # (n, 1, h, w)
-    fake:torch.Tensor, # The same shape, without a graph
-    gp_weight:float, # Weight of the penalty
-)->tuple: # The loss; the estimate of the Wasserstein distance; the penalty
-    "What the critic makes smaller, and its two parts"
-    distance, penalty = critic(real).mean()-critic(fake).mean(), gradient_penalty(critic, real, fake)
+    fake:torch.Tensor, # The same shape, detached
+    gp_weight:float, # Weight of the gradient penalty
+)->tuple: # Loss; estimate of the Wasserstein distance; gradient penalty
+    "Loss of the critic and its two parts"
+    distance = critic(real).mean()-critic(fake).mean()
+    penalty = gradient_penalty(critic, real, fake)
     return gp_weight*penalty-distance, distance, penalty
 
 def generator_loss(
     critic:nn.Module, # Frozen
-    fake:torch.Tensor, # (n, 1, h, w), with a graph
-)->torch.Tensor: # Meaningless alone, since a critic is defined up to a constant
-    "What the generator makes smaller"
+    fake:torch.Tensor, # (n, 1, h, w), attached to the generator's graph
+)->torch.Tensor: # Its absolute value means nothing, since a critic is defined up to a constant
+    "Loss of the generator"
     return -critic(fake).mean()
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #681740bf
 def dropout_mask(
-    shape:tuple, # Of the maps
-    p:float, # Share to drop, in 256ths: .25 is exact
+    shape:tuple, # Of the feature maps
+    p:float, # Dropout probability, rounded to multiples of 1/256: .25 is exact
     device:torch.device, # Where
     dtype:torch.dtype=torch.float32,
-    generator:torch.Generator=None, # Random numbers of one's own
+    generator:torch.Generator=None, # Random generator
 )->torch.Tensor: # 0 where dropped, 1 elsewhere
-    "What dropout lets through, from one random byte for each number: eight for the price of one"
+    "A dropout mask from one random byte for each element: one 64-bit random number serves eight"
     n = torch.Size(shape).numel()
-    dice = torch.empty(-(-n//8), dtype=torch.int64, device=device).random_(-2**63, None, generator=generator)
-    return torch.ge(dice.view(torch.uint8)[:n], round(256*p), out=torch.empty(n, dtype=dtype, device=device)).view(shape)
+    random = torch.empty(-(-n//8), dtype=torch.int64, device=device)
+    random.random_(-2**63, None, generator=generator)
+    mask = torch.empty(n, dtype=dtype, device=device)
+    return torch.ge(random.view(torch.uint8)[:n], round(256*p), out=mask).view(shape)
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #8578fe3f
 def critic_forward(
-    critic:Critic,
-    x:torch.Tensor, # Films
-    generator:torch.Generator=None, # Random numbers for dropout
-    masks:list=None, # To use these instead
-)->tuple: # Scores (n, 1); the maps h, films first; the masks
-    "Up through the critic, in training mode"
-    maps_, drawn = [x], masks or []
+    critic:Critic, # In training mode
+    x:torch.Tensor, # Images (n, 1, size, size)
+    generator:torch.Generator=None, # Random generator of the dropout masks
+    masks:list=None, # Dropout masks to use; random if None
+)->tuple: # Scores (n, 1); activations: the images and the output of each block; dropout masks
+    "Forward pass through the critic that keeps activations and dropout masks"
+    activations = [x]
+    new_masks = masks or []
     for i,(conv,_,drop) in enumerate(list(critic)[:-1]):
-        a = conv(maps_[-1])
-        if not masks: drawn.append(dropout_mask(a.shape, drop.p, a.device, a.dtype, generator))
-        maps_.append(torch.ops.aten.elu_(a, .2, 1/(1-drop.p), 1).mul_(drawn[i]))
-    return critic[-1](maps_[-1]), maps_, drawn
+        a = conv(activations[-1])
+        if not masks: new_masks.append(dropout_mask(a.shape, drop.p, a.device, a.dtype, generator))
+        scale = 1/(1-drop.p)
+        activations.append(torch.ops.aten.elu_(a, .2, scale, 1).mul_(new_masks[i]))
+    return critic[-1](activations[-1]), activations, new_masks
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #ac7886bc
 def elu_backward(
-    g:torch.Tensor, # Overwritten
-    h:torch.Tensor, # The row's output
-    mask:torch.Tensor, # What dropout let through
-    p:float, # Share that it dropped
-)->torch.Tensor: # `g`, times s
-    "From the gradient by a row's output to that by the convolution's; the ELU's slope is known from its value"
+    g:torch.Tensor, # Gradient by the block's output; overwritten
+    h:torch.Tensor, # The block's output
+    mask:torch.Tensor, # Dropout mask
+    p:float, # Dropout probability
+)->torch.Tensor: # `g` times s, in the formulas above
+    "Gradient by the block's convolution; the ELU's derivative is computed from its value"
     g.mul_(mask)
     return torch.ops.aten.elu_backward.grad_input(g, .2, 1/(1-p), 1, True, h, grad_input=g)
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #5e266a2a
 def critic_backward(
-    critic:Critic,
-    activations:list, # As `rise` gives them
-    masks:list, # Likewise
-    score_grad:torch.Tensor, # (n,), by how much the score of each film counts
-    image_slice:slice, # Which of them to go down to the pixels with
-)->tuple: # The gradient by those films; delta of each row
-    "Down through the critic"
-    deltas, rows = [], list(critic)[:-1]
+    critic:Critic, # In training mode
+    activations:list, # From `critic_forward`
+    masks:list, # From `critic_forward`
+    score_grad:torch.Tensor, # (n,), gradient by the score of each image
+    image_slice:slice, # Images whose gradient by the pixels is computed
+)->tuple: # Gradient by the pixels of these images; delta of each block
+    "Backward pass through the critic"
+    deltas = []
+    blocks = list(critic)[:-1]
     g = (score_grad[:, None]*critic[-1][1].weight).view_as(activations[-1])
-    for (conv,_,drop),h,mask in zip(rows[::-1], activations[:0:-1], masks[::-1]):
+    for (conv,_,drop),h,mask in zip(blocks[::-1], activations[:0:-1], masks[::-1]):
         deltas.insert(0, elu_backward(g, h, mask, drop.p))
-        if conv is rows[0][0]: g = g[image_slice]
+        if conv is blocks[0][0]: g = g[image_slice]
         g = nn.functional.conv_transpose2d(g, conv.weight, None, 2, 2, 1)
     return g, deltas
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #6b97090b
 def conv_weight_grad(
     delta:torch.Tensor, # Gradient by the convolution's output
-    x:torch.Tensor, # Its input
-    conv:nn.Conv2d,
-)->tuple: # By its weights and its bias
-    "What a convolution learns from a batch"
-    return torch.ops.aten.convolution_backward(delta, x, conv.weight, conv.bias.shape, [2, 2], [2, 2], [1, 1], False, [0, 0], 1, [False, True, True])[1:]
+    x:torch.Tensor, # The convolution's input
+    conv:nn.Conv2d, # 5x5, stride 2, padding 2
+)->tuple: # Gradients by its weights and its bias
+    "Gradient of a convolution's parameters"
+    stride = padding = [2, 2]
+    wanted = [False, True, True]                                # not the gradient by the input
+    _,weight_grad,bias_grad = torch.ops.aten.convolution_backward(
+        delta, x, conv.weight, conv.bias.shape, stride, padding, [1, 1], False, [0, 0], 1, wanted)
+    return weight_grad, bias_grad
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #95180574
 @torch.no_grad()
@@ -152,221 +171,288 @@ def critic_gradients(
     critic:Critic, # Its parameters' `grad` is set
     real:torch.Tensor, # (n, 1, h, w)
     fake:torch.Tensor, # The same shape
-    gp_weight:float, # Weight of the penalty
-    generator:torch.Generator=None, # Random numbers
-    eps:torch.Tensor=None, # (n, 1, 1, 1), where between real and synthetic; drawn if not given
-    masks:list=None, # Dropout's, for 3n films; drawn if not given
-)->dict: # wasserstein, penalty, slope and its largest, mean scores
-    "The gradients of `critic_loss`, written out"
-    n, rows, last = len(real), list(critic)[:-1], critic[-1][1]
+    gp_weight:float, # Weight of the gradient penalty
+    generator:torch.Generator=None, # Random generator
+    eps:torch.Tensor=None, # (n, 1, 1, 1), position between real and fake; random if None
+    masks:list=None, # Dropout masks for 3n images; random if None
+)->dict: # Wasserstein estimate, gradient penalty, mean and largest gradient norm, mean scores
+    "Gradients of `critic_loss`, written out"
+    n = len(real)
+    blocks,last = list(critic)[:-1], critic[-1][1]
     if eps is None: eps = torch.rand(n, 1, 1, 1, device=real.device, generator=generator)
-    one = real.new_ones(n)
-    score, hs, masks = critic_forward(critic, torch.cat([real, fake, eps*real+(1-eps)*fake]), generator, masks)
-    g, deltas = critic_backward(critic, hs, masks, top := torch.cat([-one/n, one/n, one]), slice(2*n, None))
+    ones = real.new_ones(n)
+    score_grad = torch.cat([-ones/n, ones/n, ones])             # real, fake, interpolated images
+    interp = slice(2*n, None)
+
+    # 1. Forward, 2. backward
+    batch = torch.cat([real, fake, eps*real+(1-eps)*fake])
+    scores,h,masks = critic_forward(critic, batch, generator, masks)
+    g,deltas = critic_backward(critic, h, masks, score_grad, interp)
     norm = g.flatten(1).norm(dim=1)
-    t, curved = g*(2*gp_weight/n*(norm-1)/norm.clamp_min(1e-12)).view(-1, 1, 1, 1), []
-    for (conv,_,drop),h,mask,d in zip(rows, hs[1:], masks, deltas):
-        h, d = h[2*n:], d[2*n:]
-        conv.weight.grad, _ = conv_weight_grad(d, t, conv)
-        t = nn.functional.conv2d(t, conv.weight, None, 2, 2)
-        curved.append(torch.le(h, 0, out=torch.empty_like(h)).mul_(t).mul_(d))
-        t = elu_backward(t, h, mask[2*n:], drop.p)
-    last.weight.grad = top[None, :2*n]@hs[-1][:2*n].flatten(1)+t.flatten(1).sum(0, keepdim=True)
-    last.bias.grad = torch.zeros_like(last.bias)                    # a constant added to all scores changes nothing
-    u = curved[-1]
-    for i,(conv,_,_) in reversed(list(enumerate(rows))):
-        deltas[i][2*n:] = u
-        more, conv.bias.grad = conv_weight_grad(deltas[i], hs[i], conv)
-        conv.weight.grad += more
-        if i: u = elu_backward(nn.functional.conv_transpose2d(u, conv.weight, None, 2, 2, 1), hs[i][2*n:], masks[i-1][2*n:], rows[i-1][2].p).add_(curved[i-1])
-    d_real, d_fake = score[:n].mean(), score[n:2*n].mean()
-    return {'wasserstein': d_real-d_fake, 'penalty': ((norm-1)**2).mean(), 'slope': norm.mean(), 'slope_max': norm.max(), 'd_real': d_real, 'd_fake': d_fake}
+
+    # 3. Forward again
+    tangent = g*(2*gp_weight/n*(norm-1)/norm.clamp_min(1e-12)).view(-1, 1, 1, 1)
+    curvature_terms = []
+    for (conv,_,drop),output,mask,delta in zip(blocks, h[1:], masks, deltas):
+        output,delta = output[interp], delta[interp]
+        conv.weight.grad,_ = conv_weight_grad(delta, tangent, conv)
+        tangent = nn.functional.conv2d(tangent, conv.weight, None, 2, 2)
+        is_curved = torch.le(output, 0, out=torch.empty_like(output))
+        curvature_terms.append(is_curved.mul_(tangent).mul_(delta))
+        tangent = elu_backward(tangent, output, mask[interp], drop.p)
+    first_order = score_grad[None, :2*n]@h[-1][:2*n].flatten(1)
+    last.weight.grad = first_order+tangent.flatten(1).sum(0, keepdim=True)
+    last.bias.grad = torch.zeros_like(last.bias)                # the loss does not depend on it
+
+    # 4. Backward again
+    second_order_grad = curvature_terms[-1]
+    for i,(conv,_,_) in reversed(list(enumerate(blocks))):
+        deltas[i][interp] = second_order_grad
+        weight_grad,conv.bias.grad = conv_weight_grad(deltas[i], h[i], conv)
+        conv.weight.grad += weight_grad
+        if i==0: break
+        g = nn.functional.conv_transpose2d(second_order_grad, conv.weight, None, 2, 2, 1)
+        g = elu_backward(g, h[i][interp], masks[i-1][interp], blocks[i-1][2].p)
+        second_order_grad = g.add_(curvature_terms[i-1])
+
+    critic_real,critic_fake = scores[:n].mean(), scores[n:2*n].mean()
+    return {'wasserstein': critic_real-critic_fake, 'gradient_penalty': ((norm-1)**2).mean(),
+            'interp_grad_norm': norm.mean(), 'interp_grad_norm_max': norm.max(),
+            'critic_real': critic_real, 'critic_fake': critic_fake}
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #84cbfb1b
 @torch.no_grad()
 def generator_output_grad(
-    critic:Critic, # Stays as it is
-    fake:torch.Tensor, # Synthetic films
-    generator:torch.Generator=None, # Random numbers for dropout
-    masks:list=None, # To use these instead
-)->torch.Tensor: # As `fake`
-    "The gradient of `generator_loss` by the films"
-    _, maps_, masks = critic_forward(critic, fake, generator, masks)
-    return critic_backward(critic, maps_, masks, torch.full((len(fake),), -1/len(fake), device=fake.device, dtype=fake.dtype), slice(None))[0]
+    critic:Critic, # Not changed
+    fake:torch.Tensor, # Generated images (n, 1, h, w)
+    generator:torch.Generator=None, # Random generator of the dropout masks
+    masks:list=None, # Dropout masks to use; random if None
+)->torch.Tensor: # Like `fake`
+    "Gradient of `generator_loss` by the generated images"
+    _,activations,masks = critic_forward(critic, fake, generator, masks)
+    n = len(fake)
+    score_grad = torch.full((n,), -1/n, device=fake.device, dtype=fake.dtype)
+    return critic_backward(critic, activations, masks, score_grad, slice(None))[0]
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #a800c7e8
 def flip_right_elbows(
     images:np.ndarray, # (n, h, w)
-    sides, # `L` or `R` for each
+    sides, # `L` or `R` for each image
 )->np.ndarray: # The same shape
-    "Every right elbow as a left one; twice is not at all"
-    return np.where((np.asarray(sides)=='R')[:, None, None], images[:, :, ::-1], images)
+    "Flip images of right elbows horizontally; applying it twice restores them"
+    is_right = np.asarray(sides)=='R'
+    return np.where(is_right[:, None, None], images[:, :, ::-1], images)
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #72152abf
 def wgan_step(
-    gen:nn.Module, critic:Critic, opt_g, opt_c, # The players
-    real:torch.Tensor, # A minibatch of real films
-    gp_weight:float, # Weight of the penalty
-    critic_updates:int, # Of the critic
-    update_generator:bool, # Whether the generator moves, too
-    generator:torch.Generator=None, # Random numbers
-)->dict: # What the critic's last update said
-    "The updates that a minibatch serves for"
-    noise = lambda: torch.randn(len(real), 256, device=real.device, dtype=real.dtype, generator=generator)
+    gen:nn.Module, critic:Critic, opt_g, opt_c, # Networks and their optimizers
+    real:torch.Tensor, # A batch of real images
+    gp_weight:float, # Weight of the gradient penalty
+    critic_updates:int, # Number of critic updates
+    update_generator:bool, # Whether to update the generator, too
+    generator:torch.Generator=None, # Random generator
+)->dict: # Losses and norms of the last critic update
+    "All updates made with one batch"
+    noise_options = dict(device=real.device, dtype=real.dtype, generator=generator)
     for _ in range(critic_updates):
-        with torch.no_grad(): fake = gen(noise())
+        with torch.no_grad(): fake = gen(torch.randn(len(real), 256, **noise_options))
         terms = critic_gradients(critic, real, fake, gp_weight, generator)
         opt_c.step()
     if update_generator:
         opt_g.zero_grad()
-        fake = gen(noise())
+        fake = gen(torch.randn(len(real), 256, **noise_options))
         fake.backward(generator_output_grad(critic, fake.detach(), generator))
         opt_g.step()
     return terms
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #537005ba
 def train_one_model(
-    folder:Path, # The model's own
-    images:np.ndarray, # (n, size, size) uint8, one pathology and view, mirrored to the left side
-    test:pd.DataFrame, # Its test pairs: `pair`, `side`
-    validation_pairs:pd.DataFrame, # Its validation pairs
-    validation_images:np.ndarray, # Their films
-    epochs:int, # Passes over the films
-    width, checkpoint_every, batch_size, n_critic, gp_weight, lr, betas, weight_decay, batch_reuse, seed, device, log_every, tensorboard, # As in `train_wgan_gp`
+    folder:Path, # Folder of the model
+    images:np.ndarray, # (n, size, size) uint8, of one pathology and view, as left elbows
+    test:pd.DataFrame, # Test pairs of this pathology and view: `pair`, `side`
+    validation_pairs:pd.DataFrame, # Validation pairs of this pathology and view
+    validation_images:np.ndarray, # Their images, as left elbows
+    config:WGANGPConfig, # Settings
+    device:torch.device, # Where to train
 ):
-    "Train one WGAN-GP from where its folder stands, yielding after each minibatch"
-    torch.manual_seed(seed)
-    size, rng, films = images.shape[-1], torch.Generator(device).manual_seed(seed), torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    gen, critic = Generator(size, width).to(device), Critic(size, width).to(device)
-    opt_g, opt_c = (adam(m.parameters(), lr, betas, weight_decay) for m in (gen, critic))
-    log, checks = (JsonlLogger(folder/f, completed_steps(folder), tensorboard, films) for f,films in (('log.jsonl', batch_size), ('checks.jsonl', 0)))
-    guard, z = NanGuard(device), [fixed_noise(p.pair, seed) if len(p) else None for p in (test, validation_pairs)]
-    def mark(epoch, step):
-        for kind,p,noise in (('validation', validation_pairs, z[1]), ('samples', test, z[0])):
-            if len(p): save_samples(folder/kind, epoch, p.pair, flip_right_elbows(generate(gen, noise), p.side))
-        log_checkpoint_metrics(folder, epoch, step, lambda noise, y: generate(gen, noise), images, np.zeros((len(images), 1), np.float32), validation_images, checks, seed)
-    def turn(at, both):
-        terms = wgan_step(gen, critic, opt_g, opt_c, to_tensor(films[at]), gp_weight, n_critic if batch_reuse=='B' else 1, both, rng)
-        guard.watch(terms['wasserstein'], terms['penalty'])
+    "Train one WGAN-GP from the last checkpoint in its folder, yielding after each step"
+    torch.manual_seed(config.seed)
+    rng = torch.Generator(device).manual_seed(config.seed)
+    n,size = images.shape[:2]
+    train_images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    gen = Generator(size, config.width).to(device)
+    critic = Critic(size, config.width).to(device)
+    opt_g,opt_c = (adam(net.parameters(), config.lr, config.betas, config.weight_decay)
+                   for net in (gen, critic))
+    start = completed_steps(folder)
+    log = JsonlLogger(folder/'log.jsonl', start, config.tensorboard, config.batch_size)
+    metrics_log = JsonlLogger(folder/'checkpoint_metrics.jsonl', start, config.tensorboard)
+    guard = NanGuard(device)
+
+    def on_checkpoint(epoch, step):
+        for output,pairs in (('validation', validation_pairs), ('samples', test)):
+            if not len(pairs): continue
+            generated = generate(gen, fixed_noise(pairs.pair, config.seed))
+            save_samples(folder/output, epoch, pairs.pair, flip_right_elbows(generated, pairs.side))
+        no_labels = np.zeros((n, 1), np.float32)
+        log_checkpoint_metrics(folder, epoch, step, lambda noise, y: generate(gen, noise), images,
+                               no_labels, validation_images, metrics_log, config.seed)
+
+    per_generator_step = config.batch_reuse=='per_generator_step'
+    critic_updates = config.n_critic if per_generator_step else 1
+    def step_fn(indices, update_generator):
+        real = to_tensor(train_images[indices])
+        terms = wgan_step(gen, critic, opt_g, opt_c, real, config.gp_weight, critic_updates,
+                          update_generator, rng)
+        guard.update(terms['wasserstein'], terms['gradient_penalty'])
         return terms
-    play = {both: cuda_graphed(partial(turn, both=both), device, (rng,)) for both in (True, False)}
-    nets, opts, about = {'gen': gen, 'critic': critic}, {'opt_g': opt_g, 'opt_c': opt_c}, {'page': 'wgan_gp', 'generator': {'size': size, 'width': width}}
-    for step,at in training_batches(folder, len(images), batch_size, epochs, checkpoint_every, seed, nets, opts, mark, guard, log_every, rng, about):
-        terms = play[batch_reuse=='B' or step%n_critic==0](at)
-        if step==1 or step%log_every==0:
-            log.write(step, epoch=step*batch_size/len(images), **terms, gradient_critic=grad_norm(critic), gradient_gen=grad_norm(gen))
+
+    steps = {update: cuda_graphed(partial(step_fn, update_generator=update), device, (rng,))
+             for update in (True, False)}
+    model_config = {'module': 'gans.wgan_gp', 'generator': {'size': size, 'width': config.width}}
+    batches = training_batches(
+        folder, n, config.batch_size, config.epochs, config.checkpoint_every, config.seed,
+        {'gen': gen, 'critic': critic}, {'opt_g': opt_g, 'opt_c': opt_c}, on_checkpoint, guard,
+        config.log_every, rng, model_config)
+    for step,indices in batches:
+        terms = steps[per_generator_step or step%config.n_critic==0](indices)
+        if step==1 or step%config.log_every==0:
+            log.write(step, epoch=step*config.batch_size/n, **terms,
+                      grad_norm_critic=grad_norm(critic), grad_norm_gen=grad_norm(gen))
         yield step
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #6c98258d
 def select_models(
     pairs:pd.DataFrame, # Training pairs: `pathology`, `view`
     test:pd.DataFrame, # Test pairs
-    max_models:int=28, # The largest by test pairs, then by training pairs
-    min_images:int=1, # Smaller sets are not trained with
-    batch_size:int=5, # Films in a minibatch
+    max_models:int=28, # Keep those with the most test pairs, then training pairs
+    min_images:int=1, # Smaller training sets are not used
+    batch_size:int=5, # Images in a batch
 )->pd.DataFrame: # view, pathology, n_train, n_test, trained (yes or no), reason
-    "Every pathology and view, and whether a model of it is trained"
-    t = pd.DataFrame([(v, p) for p in PATHOLOGIES for v in VIEWS], columns=['view', 'pathology'])
-    for k,d in (('n_train', pairs), ('n_test', test)):
-        t[k] = [int(((d.view==r.view)&(d.pathology==r.pathology)).sum()) for r in t.itertuples()]
-    few = f'fewer than {min_images} training films'
-    t['reason'] = np.select([t.n_train==0, t.n_train<min_images, t.n_test==0], ['no training films', few, 'no test films'], '')
-    order = t[t.reason==''].sort_values(['n_test', 'n_train'], ascending=False, kind='stable').index
-    t.loc[order[max_models:], 'reason'] = f'not among the {max_models} largest'
-    t['trained'] = np.where(t.reason=='', 'yes', 'no')
-    t.loc[(t.trained=='yes') & (t.n_train<batch_size), 'reason'] = f'fewer films than a batch of {batch_size}: repeated within it'
-    return t[['view', 'pathology', 'n_train', 'n_test', 'trained', 'reason']]
+    "List every pathology and view, and whether a model of it is trained"
+    groups = [(view, pathology) for pathology in PATHOLOGIES for view in VIEWS]
+    models = pd.DataFrame(groups, columns=['view', 'pathology'])
+    for column,table in (('n_train', pairs), ('n_test', test)):
+        counts = table.groupby(['view', 'pathology']).size().to_dict()
+        models[column] = [counts.get(group, 0) for group in groups]
+    conditions = [models.n_train==0, models.n_train<min_images, models.n_test==0]
+    reasons = ['no training images', f'fewer than {min_images} training images', 'no test images']
+    models['reason'] = np.select(conditions, reasons, '')
+    usable = models[models.reason=='']
+    order = usable.sort_values(['n_test', 'n_train'], ascending=False, kind='stable').index
+    models.loc[order[max_models:], 'reason'] = f'not among the {max_models} largest'
+    models['trained'] = np.where(models.reason=='', 'yes', 'no')
+    is_small = (models.trained=='yes') & (models.n_train<batch_size)
+    repeated = f'fewer images than a batch of {batch_size}: repeated within it'
+    models.loc[is_small, 'reason'] = repeated
+    return models[['view', 'pathology', 'n_train', 'n_test', 'trained', 'reason']]
 
-# %% ../../nbs/3_gans/36_wgan_gp.ipynb #cb9a7243
 def uncovered_pairs(
-    models:pd.DataFrame, # As `choose_models` gives it
+    models:pd.DataFrame, # From `select_models`
     test:pd.DataFrame, # Test pairs
 )->pd.DataFrame: # pair, view, pathology, reason
-    "The test pairs that no model is trained for"
-    return test[['pair', 'view', 'pathology']].merge(models[models.trained=='no'][['view', 'pathology', 'reason']], on=['view', 'pathology'])
+    "Test pairs without a model, and the reason"
+    untrained = models[models.trained=='no'][['view', 'pathology', 'reason']]
+    return test[['pair', 'view', 'pathology']].merge(untrained, on=['view', 'pathology'])
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #5511e6bd
 def interleave(
     trainers:list, # Generators, each training a model
-    n_parallel:int, # How many at a time
-    device:torch.device, # Where
+    n_parallel:int, # Number of trainers that take turns
+    device:torch.device, # Where they train
 ):
-    "A step of each of the first few in turn; when one ends, the next begins"
-    waiting, active = deque(trainers), []
+    "Run one step of each of the first trainers in turn; when one ends, the next one starts"
+    waiting = deque(trainers)
+    active = []
     while waiting or active:
-        while waiting and len(active)<n_parallel: active.append((waiting.popleft(), torch.cuda.Stream(device) if device.type=='cuda' else None))
-        for pair in list(active):
-            work, stream = pair
-            with torch.cuda.stream(stream) if stream else nullcontext(): step = next(work, None)
-            if step is None: active.remove(pair)
+        while waiting and len(active)<n_parallel:
+            stream = torch.cuda.Stream(device) if device.type=='cuda' else None
+            active.append((waiting.popleft(), stream))
+        for entry in list(active):
+            trainer,stream = entry
+            with torch.cuda.stream(stream) if stream else nullcontext(): step = next(trainer, None)
+            if step is None: active.remove(entry)
             else: yield step
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #1395a60f
 def merge_samples(
-    out:Path, # The stage's folder
-    folders:list[Path], # Models
+    out:Path, # Folder of the stage
+    folders:list[Path], # Folders of the models
     epochs:list[int], # Checkpoints
     output:str='samples', # `samples` or `validation`, which a model may lack
 ):
-    "Put the models' samples of each checkpoint into one folder, anew, and that in its place only when all is there"
-    part, done = Path(out)/f'.{output}', Path(out)/output
+    "Merge the models' images of each checkpoint into one folder, which is replaced when complete"
+    part = Path(out)/f'.{output}'
+    done = Path(out)/output
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     for folder in folders:
-        there = sorted((folder/output).iterdir()) if (folder/output).exists() or output=='samples' else []
-        if not there: continue
-        for e in epochs:
-            # a set of fewer films than a batch may pass two checkpoints in one step: the later one then has the films of both
-            source = next(p for p in there if p.name.isdigit() and int(p.name)>=e)
-            shutil.copytree(source, part/f'{e:04d}', dirs_exist_ok=True)
+        if output!='samples' and not (folder/output).exists(): continue
+        checkpoints = sorted((folder/output).iterdir())
+        for epoch in epochs if checkpoints else []:
+            # With fewer images than a batch, one step can pass two checkpoints;
+            # then only the later one was saved and stands for both
+            source = next(p for p in checkpoints if p.name.isdigit() and int(p.name)>=epoch)
+            shutil.copytree(source, part/f'{epoch:04d}', dirs_exist_ok=True)
     shutil.rmtree(done, ignore_errors=True)
     if any(part.iterdir()): part.rename(done)
     else: part.rmdir()
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #5b5d0912
+@delegates(WGANGPConfig)
 def train_wgan_gp(
-    images:np.ndarray, # (n, size, size) uint8, the film of each training pair
+    images:np.ndarray, # (n, size, size) uint8, the image of each training pair
     pairs:pd.DataFrame, # Training pairs: `pathology`, `view`, `side`
     test:pd.DataFrame, # Test pairs: `pair` as well
-    out:Path, # The stage's folder
-    width:float=1., # Scales the feature maps of both networks
-    epochs:int=4000, # Passes over a model's films (Table 4)
-    checkpoint_every:int=500, # Passes between two checkpoints (Section 3.3)
-    batch_size:int=5, # Films in a minibatch (Table 4)
-    n_critic:int=5, # Updates of the critic for one of the generator (Gulrajani; not in the paper)
-    gp_weight:float=10., # Weight of the gradient penalty (Gulrajani; not in the paper)
-    lr:float=2e-4, # Adam's rate, both networks (Table 4)
-    betas:tuple=(.5, .9), # Adam's decay rates (Table 4)
-    weight_decay:float=1e-4, # Added to the gradient, all parameters (Table 4)
-    batch_reuse:str='B', # `B`: `n_critic` updates on each minibatch; `A`: one
-    max_models:int=28, # How many to train, the largest first
-    min_images:int=1, # Smaller sets are not trained with
-    validation_fraction:float=0., # Share of the training patients to keep out and to draw for
-    n_parallel:int=0, # Models trained at a time; 0 for four on a GPU, one elsewhere
-    seed:int=0, # Of weights, noise and the order of the films
-    device:str='auto', # Where to train
-    log_every:int=20, # Minibatches between two records
-    tensorboard:bool=False, # Whether to log for TensorBoard, too
-    max_minutes:float=0, # Minutes that it may take; 0 for no limit
-)->pd.DataFrame: # What became of each pathology and view, also in `models.csv`
-    "Train a WGAN-GP for each pathology and view, and sample each at its checkpoints"
-    if batch_reuse not in ('A', 'B'): raise ValueError(f'epoch_meaning is {batch_reuse!r}: "A" or "B"')
-    out, upright, spare, device = Path(out), flip_right_elbows(images, pairs.side), validation_mask(pairs, validation_fraction).values, configure_device(get_device(device))
-    models = select_models(pairs[~spare], test, max_models, min_images, batch_size)
-    if not (models.trained=='yes').any(): raise ValueError(
-        f'nothing to train with max_models={max_models}: no pathology and view has films for training and for testing')
-    settings = dict(width=width, every=checkpoint_every, batch=batch_size, n_critic=n_critic, lam=gp_weight, lr=lr, betas=betas, weight_decay=weight_decay,
-                    epoch_meaning=batch_reuse, seed=seed)
-    jobs = []
-    for m in models[models.trained=='yes'].sort_values('n_train', ascending=False, kind='stable').itertuples():
-        mine, theirs = (((d.view==m.view)&(d.pathology==m.pathology)).values for d in (pairs, test))
-        folder, films, to_draw, to_hold = out/f'{m.view}__{m.pathology.replace(" ", "_")}', upright[mine&~spare], test[theirs], pairs[mine&spare]
-        claim_run_dir(folder, settings | {'films': content_hash(films), 'test': content_hash(*[list(d[k]) for d in (to_draw, to_hold) for k in ('pair', 'side')])})
-        jobs.append((folder, films, to_draw, to_hold, upright[mine&spare]))
-    works = [train_one_model(*job, epochs, **settings, device=device, log_every=log_every, tensorboard=tensorboard) for job in jobs]
-    work = interleave(works, n_parallel or (4 if device.type=='cuda' else 1), device)
-    for _ in progress(work, 'WGAN-GP', sum(remaining_steps(job[0], len(job[1]), batch_size, epochs) for job in jobs), max_minutes): pass
-    for kind in ('validation', 'samples'): merge_samples(out, [job[0] for job in jobs], [*range(0, epochs, checkpoint_every), epochs], kind)
-    for name,table in (('missing', uncovered_pairs(models, test)), ('models', models)):
+    out:Path, # Folder of the stage
+    config:WGANGPConfig=WGANGPConfig(), # Settings; the default is Table 4
+    **kwargs, # Fields of `config` to change
+)->pd.DataFrame: # From `select_models`; also written to `models.csv`
+    "Train a WGAN-GP for each pathology and view, and generate images at its checkpoints"
+    config = replace(config, **kwargs)
+    if config.batch_reuse not in ('per_generator_step', 'per_update'): raise ValueError(
+        f'unknown batch_reuse {config.batch_reuse!r}; '
+        'expected "per_generator_step" or "per_update"')
+    out = Path(out)
+    device = configure_device(get_device(config.device))
+    upright = flip_right_elbows(images, pairs.side)
+    is_validation = validation_mask(pairs, config.validation_fraction).values
+    models = select_models(pairs[~is_validation], test, config.max_models, config.min_images,
+                           config.batch_size)
+    trained = models[models.trained=='yes'].sort_values('n_train', ascending=False, kind='stable')
+    if not len(trained): raise ValueError(
+        f'no model to train (max_models={config.max_models}, min_images={config.min_images}): '
+        'no pathology and view has both training images and test pairs')
+
+    hashed = ('width', 'checkpoint_every', 'batch_size', 'n_critic', 'gp_weight', 'lr', 'betas',
+              'weight_decay', 'batch_reuse', 'seed')
+    run_config = {name: getattr(config, name) for name in hashed}
+    folders,trainers = [], []
+    n_steps = 0
+    for model in trained.itertuples():
+        def of_model(table):
+            return ((table.view==model.view) & (table.pathology==model.pathology)).values
+        folder = out/f'{model.view}__{model.pathology.replace(" ", "_")}'
+        mine = of_model(pairs)
+        train_images = upright[mine&~is_validation]
+        test_pairs = test[of_model(test)]
+        validation_pairs = pairs[mine&is_validation]
+        names = [list(table[column]) for table in (test_pairs, validation_pairs)
+                 for column in ('pair', 'side')]
+        hashes = {'images_hash': content_hash(train_images), 'test_hash': content_hash(*names)}
+        claim_run_dir(folder, run_config | hashes)
+        folders.append(folder)
+        trainers.append(train_one_model(folder, train_images, test_pairs, validation_pairs,
+                                        upright[mine&is_validation], config, device))
+        n_steps += remaining_steps(folder, len(train_images), config.batch_size, config.epochs)
+
+    n_parallel = config.n_parallel or (4 if device.type=='cuda' else 1)
+    steps = interleave(trainers, n_parallel, device)
+    for _ in progress(steps, 'WGAN-GP', n_steps, config.max_minutes): pass
+    epochs = [*range(0, config.epochs, config.checkpoint_every), config.epochs]
+    for output in ('validation', 'samples'): merge_samples(out, folders, epochs, output)
+    for name,table in (('uncovered_pairs', uncovered_pairs(models, test)), ('models', models)):
         with atomic_write(out/f'{name}.csv') as part: table.to_csv(part, index=False)
     return models
+
+train_wgan_gp.__delwrap__ = WGANGPConfig # Where docments finds the comments of the fields
