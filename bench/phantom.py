@@ -1,4 +1,4 @@
-"""How long made-up films take: on one thread, at two sizes; beside sampling the same arm on a grid of voxels, as a plain program would; and a folder of 400.
+"""Time to simulate radiographs: one thread at two sizes, compared with sampling the same arm on a grid of voxels, and a data set of 400 images.
 
     python bench/phantom.py
 """
@@ -7,7 +7,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2, numpy as np
-from results import keep
+from results import write_results
 from elbowsynth.phantom.anatomy import BONES, pose_arm, sample_arm
 from elbowsynth.phantom.geometry import Ellipsoid
 from elbowsynth.phantom.injuries import apply_injuries
@@ -20,50 +20,50 @@ def seconds(f):
     f()
     return time.thread_time()-start
 
-def holds(body, q):
-    "Which points lie in a body"
+def contains(body, q):
+    "Which points are inside a body"
     if isinstance(body, Ellipsoid):
-        p = (q-np.float32(body.center))@np.float32(body.turn)/np.float32(body.semi)
+        p = (q-np.float32(body.center))@np.float32(body.rotation)/np.float32(body.semi_axes)
         return (p*p).sum(-1)<1
     y, a, b, x, z = body.sections
     a, b, x, z = (np.interp(q[..., 1], y, o).astype(np.float32) for o in (a, b, x, z))
     return ((q[..., 0]-x)/a)**2+((q[..., 2]-z)/b)**2<((q[..., 1]>y[0]) & (q[..., 1]<y[-1]))
 
-def voxel_sum(pieces, beam, step, reach=60):
-    "Millimetres of bone along each ray, by asking at points that lie `step` apart whether they are within one"
+def voxel_sum(parts, beam, step, reach=60):
+    "Millimeters of bone along each ray, by testing points at a distance of `step` mm"
     right, down, ray = np.float32(beam.axes)
     total = np.zeros((beam.v.size, beam.u.size), np.float32)
     for depth in np.arange(-reach, reach, step, dtype=np.float32):
         at = np.float32(beam.origin)+beam.u[..., None]*right+beam.v[..., None]*down+depth*ray
-        for p in pieces:
-            if p.part not in BONES: continue
-            q = (at-np.float32(p.shift))@np.float32(p.turn)
-            within = np.logical_or.reduce([holds(o, q) for o in p.bodies])
-            for o in p.carved: within &= ~holds(o, q)
-            for point, normal, gap, _ in p.cuts: within &= (q-np.float32(point))@np.float32(normal)>gap
+        for p in parts:
+            if p.structure not in BONES: continue
+            q = (at-np.float32(p.translation))@np.float32(p.rotation)
+            within = np.logical_or.reduce([contains(o, q) for o in p.bodies])
+            for o in p.holes: within &= ~contains(o, q)
+            for point, normal, gap, _ in p.cut_planes: within &= (q-np.float32(point))@np.float32(normal)>gap
             total += within*np.float32(step)
     return total
 
 cv2.setNumThreads(1)
-asked = [(v, [p], 'L', age, i) for i, (p, v, age) in enumerate((p, v, age) for p in PATHOLOGIES for v in VIEWS for age in (6, 30))]
+requests = [(v, [p], 'L', age, i) for i, (p, v, age) in enumerate((p, v, age) for p in PATHOLOGIES for v in VIEWS for age in (6, 30))]
 phantom('AP', ['normal'])
 rows = []
-for size, some in ((256, asked), (1024, asked[::3])):
+for size, some in ((256, requests), (1024, requests[::3])):
     times = np.array([seconds(lambda: phantom(*a, size=size)) for a in some])*1000
-    rows.append({'what': f'a film of {size} x {size}, median of {len(some)}', 'ms': np.median(times).item()})
+    rows.append({'benchmark': f'an image of {size} x {size}, median of {len(some)}', 'ms': np.median(times).item()})
 
-size, camera = 128, sample_projection('AP', 1, np.random.default_rng(0))
-pieces, beam = pose_arm(apply_injuries(sample_arm(0), ['olecranon fracture'], 0), camera.flexion), camera.beam(size)
+size, projection = 128, sample_projection('AP', 1, np.random.default_rng(0))
+parts, beam = pose_arm(apply_injuries(sample_arm(0), ['olecranon fracture'], 0), projection.flexion), projection.beam(size)
 lengths = {}
-ours = np.median([seconds(lambda: lengths.update(ours=bone_thickness(pieces, beam)[2])) for _ in range(9)])
-voxels = seconds(lambda: lengths.update(voxels=voxel_sum(pieces, beam, camera.width/size)))
+ours = np.median([seconds(lambda: lengths.update(ours=bone_thickness(parts, beam)[2])) for _ in range(9)])
+voxels = seconds(lambda: lengths.update(voxels=voxel_sum(parts, beam, projection.width/size)))
 off = np.abs(lengths['ours']-lengths['voxels'])[lengths['ours']>0].mean()
-rows += [{'what': f'bones alone, {size} x {size}', 'ms': 1000*ours.item()},
-         {'what': f'the same on a grid of voxels ({off:.2f} mm apart of {lengths["ours"][lengths["ours"]>0].mean():.1f} on the average, a voxel being {camera.width/size:.2f} mm)',
-          'ms': 1000*voxels, 'times ours': float(voxels/ours)}]
+rows += [{'benchmark': f'bones only, {size} x {size}', 'ms': 1000*ours.item()},
+         {'benchmark': f'the same on a grid of voxels (mean difference {off:.2f} mm of {lengths["ours"][lengths["ours"]>0].mean():.1f}, voxel size {projection.width/size:.2f} mm)',
+          'ms': 1000*voxels, 'relative_time': float(voxels/ours)}]
 
 with tempfile.TemporaryDirectory() as folder:
     start, busy = time.perf_counter(), time.process_time()
     write_phantom_dataset(folder, 200, 256)
-    rows.append({'what': 'a folder of 400 films of 256 x 256 with masks, label maps and truth, all cores, by the clock', 'ms': 1000*(time.perf_counter()-start)})
-keep('phantom', 'Made-up films', 'Processor time of one thread, but for the folder. `python bench/phantom.py`.', rows)
+    rows.append({'benchmark': 'a data set of 400 images of 256 x 256 with masks, label maps and ground truth, all cores, wall time', 'ms': 1000*(time.perf_counter()-start)})
+write_results('phantom', 'Simulated radiographs', 'CPU time of one thread, except for the data set. `python bench/phantom.py`.', rows)

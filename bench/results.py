@@ -1,37 +1,50 @@
-"Where the figures of a bench go: `bench/results/NAME-DEVICE.md` to be read, and `.json`"
+"Write the results of a benchmark: `bench/results/NAME-DEVICE.md` to read, and `.json` for programs"
 import json, os, platform, re
 from pathlib import Path
 
-TOP = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 def device():
-    "What this machine computes with, in words"
+    "Name of the GPU of this machine, or of its processor with the number of cores"
     try:
         import torch
         if torch.cuda.is_available(): return torch.cuda.get_device_name()
     except ImportError: pass
-    info = Path('/proc/cpuinfo')
-    name = next((l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')), '') if info.exists() else ''
+    info, name = Path('/proc/cpuinfo'), ''
+    if info.exists():
+        models = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')]
+        if models: name = models[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return f'{name or platform.processor() or platform.machine()}, {cores} cores'
 
-def digits(o):
-    "Numbers with four digits that count"
-    if isinstance(o, dict): return {k: digits(v) for k,v in o.items()}
-    if isinstance(o, list): return [digits(v) for v in o]
+def round_to_4_digits(o):
+    "Numbers with four significant digits"
+    if isinstance(o, dict): return {k: round_to_4_digits(v) for k,v in o.items()}
+    if isinstance(o, list): return [round_to_4_digits(v) for v in o]
     return float(f'{o:.4g}') if isinstance(o, float) else o
 
-def keep(name, title, words, shown, about=None, rows=None, out=None):
-    "Write both files, whole or not at all: a title, sentences, a table of `shown`; `about` and `rows` (or `shown`) for programs. Says where"
+def cell_text(value):
+    "A value in a cell of a Markdown table"
+    if value is None: return ''
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+def markdown_table(rows):
+    "Dicts as a Markdown table; the columns are the union of the keys"
+    columns = list(dict.fromkeys(k for r in rows for k in r))
+    lines = [columns, ['---']*len(columns)]
+    for r in round_to_4_digits(rows): lines.append([cell_text(r.get(c)) for c in columns])
+    return ''.join('| '+' | '.join(line)+' |\n' for line in lines)
+
+def write_results(name, title, text, table, settings=None, rows=None, out=None):
+    "Write both files atomically: title, text and `table`; for programs `settings` and `rows` (or `table`). Prints the path"
     where = device()
-    text, columns = f'# {title} on {where}\n\n{words.strip()}\n\n', list(dict.fromkeys(k for r in shown for k in r))
-    line = lambda cells: '| '+' | '.join(cells)+' |\n'
-    text += line(columns)+line(['---']*len(columns))
-    for r in digits(shown): text += line(['' if r.get(c) is None else f'{r[c]:g}' if isinstance(r[c], float) else str(r[c]) for c in columns])
-    at = Path(out or TOP/'bench'/'results')/(f'{name}-'+re.sub(r'\W+', '-', where).strip('-').lower())
-    at.parent.mkdir(parents=True, exist_ok=True)
-    for end,content in (('.json', json.dumps(digits({'device': where, 'about': about or {}, 'rows': rows or shown}), indent=1)+'\n'), ('.md', text)):
-        part = at.with_name(f'.{at.name}{end}')
+    page = f'# {title} on {where}\n\n{text.strip()}\n\n{markdown_table(table)}'
+    slug = re.sub(r'\W+', '-', where).strip('-').lower()
+    path = Path(out or ROOT/'bench'/'results')/f'{name}-{slug}'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = round_to_4_digits({'device': where, 'settings': settings or {}, 'rows': rows or table})
+    for suffix,content in (('.json', json.dumps(values, indent=1)+'\n'), ('.md', page)):
+        part = path.with_name(f'.{path.name}{suffix}')
         part.write_text(content)
-        os.replace(part, at.with_name(at.name+end))
-    print(f'{text}\nwrote {at.relative_to(TOP) if at.is_relative_to(TOP) else at}.md and .json')
+        os.replace(part, path.with_name(path.name+suffix))
+    print(f'{page}\nwrote {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}.md and .json')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['root', 'require_path', 'atomic_write', 'round_floats', 'save_json', 'format_duration', 'TimeLimitExceeded',
-           'progress', 'parallel_map', 'show_images', 'content_hash', 'claim_run_dir', 'LazyPackage', 'lazy_exports']
+           'progress', 'n_cores', 'parallel_map', 'show_images', 'content_hash', 'claim_run_dir', 'LazyPackage',
+           'lazy_exports']
 
 # %% ../nbs/0_core/00_core.ipynb #e349a2ba
 import glob, hashlib, importlib, json, os, sys, time, types
@@ -16,15 +17,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 # %% ../nbs/0_core/00_core.ipynb #99b9c925
-def root()->Path: # Nearest folder, from the working directory upward, that has this study's `settings.ini`
+def root()->Path: # Nearest folder upward that has this study's `settings.ini`
     "The checkout; all relative folders of the study are in it, whatever the working directory is"
     here, module = Path.cwd(), Path(globals().get('__file__', '.')).resolve()
     for folder in (here, *here.parents, *module.parents):
         settings = folder/'settings.ini'
         if settings.is_file() and 'lib_name = elbowsynth' in settings.read_text(): return folder
     raise FileNotFoundError(
-        'no checkout of elbowsynth: neither the working directory, nor the package, nor a folder above them '
-        'has settings.ini; fix: clone the repository and run in it')
+        'no checkout of elbowsynth: settings.ini is neither above the working directory '
+        'nor above the package; fix: clone the repository and run in it')
 
 # %% ../nbs/0_core/00_core.ipynb #7ae41a68
 def require_path(
@@ -42,7 +43,7 @@ def require_path(
 def atomic_write(
     path:Path, # File to write
 ):
-    "Yield a temporary path next to `path`, and rename it to `path` at the end; after an error `path` is unchanged"
+    "Yield a temporary path and rename it to `path` at the end; after an error `path` is unchanged"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.part-{path.name}')
@@ -56,7 +57,7 @@ def round_floats(
     x, # Numbers, alone or in dicts, lists, tuples and arrays
     digits:int=6, # Significant digits
 ):
-    "`x` in plain Python types with rounded floats, so that a file does not change with the last bit of a sum"
+    "`x` in plain Python types with rounded floats: the last bit of a sum does not change a file"
     if isinstance(x, dict): return {str(k): round_floats(v, digits) for k,v in x.items()}
     if isinstance(x, (list, tuple, np.ndarray)): return [round_floats(v, digits) for v in x]
     if isinstance(x, (bool, np.bool_)): return bool(x)
@@ -91,9 +92,10 @@ def _progress_bar(desc, total):
     "A bar on a terminal or in JupyterLab, and whether it is visible; in a log there is none"
     terminal, jupyter = sys.stderr.isatty(), 'JPY_SESSION_NAME' in os.environ
     visible, in_page = terminal or jupyter, jupyter and not terminal
-    nested = in_page and bool(tqdm._instances)                      # JupyterLab cannot show one bar below another
-    stream = sys.stdout if in_page else sys.stderr                  # JupyterLab shows stderr on a red background
-    return tqdm(total=total, desc=desc, disable=not visible or nested, leave=False, file=stream), visible
+    nested = in_page and bool(tqdm._instances)          # JupyterLab cannot show one bar below another
+    stream = sys.stdout if in_page else sys.stderr      # JupyterLab shows stderr on a red background
+    disable = not visible or nested
+    return tqdm(total=total, desc=desc, disable=disable, leave=False, file=stream), visible
 
 def progress(
     items, # What to iterate over
@@ -102,7 +104,7 @@ def progress(
     max_minutes:float=0, # Time limit in minutes; 0 for none
     log_every_s:float=None, # Seconds between two lines in a log; from the runner, or 15, if None
 ):
-    "Yield `items` with a progress bar, or with lines in a log; raise early if the loop would take too long"
+    "Yield `items` with a progress bar or lines in a log; raise early if the loop would take too long"
     if total is None: total = len(items)
     log_every_s = log_every_s or float(os.environ.get('ELBOWSYNTH_LOG_EVERY_S', 15))
     start = last_line = first_done = time.monotonic()
@@ -112,37 +114,43 @@ def progress(
             yield item
             bar.update()
             now = time.monotonic()
-            if i==1: first_done = now                               # the first item includes the warm-up
+            if i==1: first_done = now                   # the first item includes the warm-up
             seconds_per_item = (now-first_done)/(i-1) if i>1 else now-start
             remaining = (total-i)*seconds_per_item
             check = i==4 or i<4 and now-start>30
             if max_minutes and check and remaining>60*max_minutes: raise TimeLimitExceeded(
-                f'{desc} would take about {format_duration(remaining)} on this machine, more than max_minutes={max_minutes:g}; fix: choose '
-                'a smaller profile (`make study PROFILE=demo`, `make lab PROFILE=demo`), or set max_minutes to 0 for no limit')
+                f'{desc} would take about {format_duration(remaining)} on this machine, '
+                f'more than max_minutes={max_minutes:g}; fix: choose a smaller profile '
+                '(`make study PROFILE=demo`, `make lab PROFILE=demo`), or set max_minutes to 0 for no limit')
             if not visible and i<total and now-last_line>log_every_s:
-                print(f'{desc}: {i} of {total}, {format_duration(now-start)} so far, about {format_duration(remaining)} left', flush=True)
+                times = f'{format_duration(now-start)} so far, about {format_duration(remaining)} left'
+                print(f'{desc}: {i} of {total}, {times}', flush=True)
                 last_line = now
 
 # %% ../nbs/0_core/00_core.ipynb #2812dc11
+def n_cores()->int:
+    "Number of processor cores that this process may use"
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
 def parallel_map(
     f, # Function of one item that spends its time in numpy, OpenCV or files
     items, # Items; requested one at a time
     n_threads:int=0, # Threads; 0 for one per processor core, 1 for none
 ): # Yields `f(item)`, in the order of the items
     "Apply `f` to each item in several threads, a few items ahead of the consumer"
-    if not n_threads: n_threads = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    n_threads = n_threads or n_cores()
     if n_threads==1:
         yield from map(f, items)
         return
     futures, switch_interval = deque(), sys.getswitchinterval()
-    sys.setswitchinterval(5e-5)                                     # the default of 5 ms lets short computations wait
+    sys.setswitchinterval(5e-5)                         # the default of 5 ms lets short computations wait
     with ThreadPoolExecutor(n_threads) as pool:
         try:
             for item in items:
                 futures.append(pool.submit(f, item))
                 if len(futures)>2*n_threads: yield futures.popleft().result()
             while futures: yield futures.popleft().result()
-        finally:                                                    # also when the consumer stops or an item fails
+        finally:                                        # also when the consumer stops or an item fails
             pool.shutdown(cancel_futures=True)
             sys.setswitchinterval(switch_interval)
 
@@ -157,7 +165,8 @@ def show_images(
     import matplotlib.pyplot as plt
     rows, cols = -(-len(images)//cols), min(cols, len(images))
     row_height = size+.25 if titles else size
-    fig, axes = plt.subplots(rows, cols, figsize=(size*cols, row_height*rows), dpi=72, squeeze=False)
+    figsize = size*cols, row_height*rows
+    fig, axes = plt.subplots(rows, cols, figsize=figsize, dpi=72, squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for ax,image,title in zip(axes.flat, images, titles or ['']*len(images)):
         image = np.asarray(image)
@@ -176,7 +185,8 @@ def content_hash(
     "A hash of the contents of `parts`"
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, np.ndarray): data = np.ascontiguousarray(part).tobytes()+str(part.shape).encode()
+        if isinstance(part, np.ndarray):
+            data = np.ascontiguousarray(part).tobytes()+str(part.shape).encode()
         else: data = json.dumps(round_floats(part), sort_keys=True).encode()
         digest.update(data)
     return digest.hexdigest()[:12]
@@ -211,7 +221,8 @@ class LazyPackage(types.ModuleType):
     "A package that imports the module of a public name when the name is first used"
     def __getattr__(self, name):
         public = self.__dict__.get('PUBLIC', {})
-        if name not in public: raise AttributeError(f'module {self.__name__!r} has no attribute {name!r}')
+        if name not in public:
+            raise AttributeError(f'module {self.__name__!r} has no attribute {name!r}')
         module = importlib.import_module(f'{self.__name__}.{public[name]}')
         self.__dict__[name] = getattr(module, name)
         return self.__dict__[name]

@@ -28,7 +28,9 @@ TABLE3 = {
 
 # %% ../nbs/0_core/02_paper.ipynb #6f5050df
 PaperScore = namedtuple('PaperScore', 'score noise_improvement rounding')
-PaperScore.__doc__ = 'A cell of Table 1: the score, its improvement over noise, and half a unit of the last printed digit of the score'
+PaperScore.__doc__ = (
+    'A cell of Table 1: the score, its improvement over noise, '
+    'and half a unit of the last printed digit of the score')
 
 PAPER_TABLE1 = {
     'ssim': {
@@ -54,8 +56,8 @@ PAPER_TABLE1 = {
 MODEL_NAMES = {'wgan_gp': 'WGAN-GP', 'ac_gan': 'AC-GAN', 'tac_gan': 'TAC-GAN', 'sdxl': 'SDXL', 'flux': 'FLUX'}
 
 def table1_rows(
-)->list[tuple]: # Metric (`ssim`, `ms_ssim` or `mmd`), model, kind of noise (`noise` or `mask`), score, improvement, rounding
-    "Table 1 as rows, with the noise that each model is compared with"
+)->list[tuple]: # Metric, model, `noise` or `mask`, score, improvement, rounding
+    "Table 1 as rows, with the noise that each model is compared with: images of noise, or noise in the mask"
     rows = []
     for metric,scores in PAPER_TABLE1.items():
         short_metric = 'mmd' if metric.startswith('mmd') else metric
@@ -90,10 +92,14 @@ FACTS = {
     'references': (60, 'the list of references')}
 
 CURVES = {
-    'wgan_gp': 'SSIM from .281 up to .292, MS-SSIM from .387 up to .402; MMD between 2.463e-4 and 3.835e-4 (Section 4.1)',
-    'ac_gan': 'SSIM from .287 down to .261, MS-SSIM from .407 down to .381; MMD between 1.373e-4 and 6.369e-4 (Section 4.1)',
-    'tac_gan': 'SSIM from .318 down to .299, MS-SSIM from .426 down to .392; MMD between 2.599e-4 and 5.040e-4 (Section 4.1)',
-    'sdxl': 'best at epoch 20: SSIM .815, MS-SSIM .847, MMD 1.705e-5; worse or the same afterwards (Section 4.2)',
+    'wgan_gp': 'SSIM from .281 up to .292, MS-SSIM from .387 up to .402; '
+               'MMD between 2.463e-4 and 3.835e-4 (Section 4.1)',
+    'ac_gan': 'SSIM from .287 down to .261, MS-SSIM from .407 down to .381; '
+              'MMD between 1.373e-4 and 6.369e-4 (Section 4.1)',
+    'tac_gan': 'SSIM from .318 down to .299, MS-SSIM from .426 down to .392; '
+               'MMD between 2.599e-4 and 5.040e-4 (Section 4.1)',
+    'sdxl': 'best at epoch 20: SSIM .815, MS-SSIM .847, MMD 1.705e-5; '
+            'worse or the same afterwards (Section 4.2)',
     'flux': 'a steady rise to SSIM .868 and MS-SSIM .876; MMD least at epoch 40 (6.914e-6), '
             'then a plateau between 8.106e-6 and 1.168e-5 (Section 4.2)'}
 
@@ -105,11 +111,13 @@ FEATURE_MAPS = {
     'ac_gan': {
         'G': '256x4x4 128x8x8 64x16x16 32x32x32 16x64x64 8x128x128 4x256x256 1x256x256',
         'D': '4x128x128 8x64x64 16x32x32 - 64x8x8 128x4x4 1 18'}}
-FEATURE_MAPS['tac_gan'] = FEATURE_MAPS['ac_gan'] | {'C': '4x128x128 8x64x64 16x32x32 - 64x8x8 128x4x4 18'}
+FEATURE_MAPS['tac_gan'] = FEATURE_MAPS['ac_gan'] | {
+    'C': '4x128x128 8x64x64 16x32x32 - 64x8x8 128x4x4 18'}
 
 # %% ../nbs/0_core/02_paper.ipynb #2692fb0b
 _CLASS_CONDITIONAL = {
-    'lr_g': .0005, 'lr_d': .0002, 'lr_classifier': .0002, 'betas': '0.5, 0.999', 'batch_size': 5, 'epochs': 4000, 'n_labels': 18}
+    'lr_g': .0005, 'lr_d': .0002, 'lr_classifier': .0002, 'betas': '0.5, 0.999',
+    'batch_size': 5, 'epochs': 4000, 'n_labels': 18}
 GAN_SETTINGS = {
     'wgan_gp': {
         'lr': .0002, 'betas': '0.5, 0.9', 'weight_decay': .0001, 'batch_size': 5, 'epochs': 4000,

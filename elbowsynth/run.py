@@ -14,9 +14,10 @@ import subprocess, sys, threading, time
 import yaml
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from .core import atomic_write, format_duration, root, save_json
-from .stages import (
-    has_setting, merge_values, profile_values, read_profile, route_settings, Stage, stages, suggestion)
+from .core import atomic_write, format_duration, n_cores, root, save_json
+from elbowsynth.stages import (
+    has_setting, merge_values, profile_values, read_profile, route_settings, Stage, stages,
+    suggestion)
 
 # %% ../nbs/9_run/90_run.ipynb #6ad033c5
 @dataclass
@@ -31,13 +32,14 @@ class Job:
 
 # %% ../nbs/9_run/90_run.ipynb #757a6e4f
 def _read_setting(text, known_stages):
-    "The stages that a setting `name=value` or `stage.name=value` is for, its name, its value, and an error"
+    "Of a setting `name=value` or `stage.name=value`: its stages, name and value, and an error"
     left, equals, value = text.partition('=')
     stage_name, _, name = left.rpartition('.')
     names = [s.name for s in known_stages]
     if not equals: return [], name, None, f'{text!r}: expected NAME=VALUE or STAGE.NAME=VALUE'
     if stage_name and stage_name not in names:
-        return [], name, None, f'{text!r}: no stage is called {stage_name!r}{suggestion(stage_name, names)}'
+        error = f'no stage is called {stage_name!r}{suggestion(stage_name, names)}'
+        return [], name, None, f'{text!r}: {error}'
     chosen = [s for s in known_stages if stage_name in ('', s.name)]
     hits = [s for s in chosen if has_setting(s, name)]
     if not hits:
@@ -75,7 +77,8 @@ def dependencies(
     for stage,parameters in values.items():
         texts = []
         for value in parameters.values():
-            parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+            if isinstance(value, dict): value = list(value.values())
+            parts = value if isinstance(value, list) else [value]
             texts += [t for t in parts if isinstance(t, str)]
         graph[stage] = [writer[t] for t in dict.fromkeys(texts) if t in writer and writer[t]!=stage]
     return graph
@@ -87,7 +90,8 @@ def required_stages(
 )->set[str]: # The targets and all that they need
     "The stages that a run has to go through"
     unknown = sorted(set(targets)-set(graph))
-    if unknown: raise ValueError(f'no stage is called {", ".join(unknown)}; stages: {", ".join(graph)}')
+    if unknown:
+        raise ValueError(f'no stage is called {", ".join(unknown)}; stages: {", ".join(graph)}')
     read_by_others = {s for needed in graph.values() for s in needed}
     open_stages = list(targets) or [s for s in graph if graph[s] and s not in read_by_others]
     found = set()
@@ -104,9 +108,11 @@ def normalized_source(
     "Code without comments, docstrings and layout"
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) or not node.body: continue
+        may_have_docstring = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
+        if not may_have_docstring: continue
         first = node.body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant): node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            node.body = node.body[1:] or [ast.Pass()]
     return ast.dump(tree)
 
 # %% ../nbs/9_run/90_run.ipynb #8a7593fd
@@ -118,41 +124,53 @@ def public_names(
     path = Path(library, *package.split('.'), '__init__.py')
     if not package or not path.is_file(): return {}
     for node in ast.parse(path.read_text(encoding='utf-8')).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '')=='PUBLIC': return ast.literal_eval(node.value)
+        is_table = isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '')=='PUBLIC'
+        if is_table: return ast.literal_eval(node.value)
     return {}
 
 # %% ../nbs/9_run/90_run.ipynb #d5e7dd34
 def _used_modules(module, names, attributes, library):
-    "Modules behind `from MODULE import NAMES`; for a whole package, those of the attributes that the source uses"
+    "Modules behind `from MODULE import NAMES`; of a whole package, those whose names are used as attributes"
     folder = Path(library, *module.split('.')) if module else Path(library)
-    if folder.with_suffix('.py').is_file() and module: return {module}
+    if module and folder.with_suffix('.py').is_file(): return {module}
     if not folder.is_dir(): return set()
-    table, found, prefix = public_names(module, library), set(), f'{module}.' if module else ''
+    prefix = f'{module}.' if module else ''
+    table, found = public_names(module, library), set()
     for name in names:
         if name=='*': found |= {prefix+m for m in table.values()}
         elif name in table: found.add(prefix+table[name])
         elif (folder/f'{name}.py').is_file(): found.add(prefix+name)
-        elif (folder/name).is_dir() and name.isidentifier(): found |= _used_modules(prefix+name, attributes, attributes, library)
+        elif name.isidentifier() and (folder/name).is_dir():
+            found |= _used_modules(prefix+name, attributes, attributes, library)
     return found
+
+def _imported_module(node, package):
+    "Name in the library of the module in `from MODULE import ...`; None if it is of another library"
+    path = node.module.split('.') if node.module else []
+    if node.level:
+        parents = package.split('.') if package else []
+        path = parents[:len(parents)+1-node.level] + path
+    elif path[0]=='elbowsynth': path = path[1:]
+    else: return None
+    return '.'.join(path)
 
 def imported_modules(
     source:str, # Python code
-    package:str='', # Subpackage that the source is in, such as `data`; empty for the library's own folder and for notebooks
+    package:str='', # Subpackage of the source, such as `data`; empty for other modules and notebooks
     library:Path=None, # Folder of the library; that of the checkout if None
 )->set[str]: # Such as `core` or `data.images`
-    "Modules of the library that a source imports; a name that a subpackage hands on counts as its module"
-    library, tree, found = Path(library or root()/'elbowsynth'), ast.parse(source), set()
-    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    for node in ast.walk(tree):
+    "Modules of the library that a source imports; a public name of a subpackage counts as its module"
+    library = Path(library or root()/'elbowsynth')
+    nodes, found = list(ast.walk(ast.parse(source))), set()
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    for node in nodes:
         if isinstance(node, ast.Import):
             for name in [a.name for a in node.names if a.name.split('.')[0]=='elbowsynth']:
-                found |= _used_modules(name.removeprefix('elbowsynth').strip('.'), attributes, attributes, library)
+                module = name.removeprefix('elbowsynth').strip('.')
+                found |= _used_modules(module, attributes, attributes, library)
         elif isinstance(node, ast.ImportFrom):
-            path = (node.module or '').split('.') if node.module else []
-            if node.level: path = package.split('.')[:len(package.split('.'))+1-node.level] + path
-            elif path[0]=='elbowsynth': path = path[1:]
-            else: continue
-            module = '.'.join(p for p in path if p)
+            module = _imported_module(node, package)
+            if module is None: continue
             found |= _used_modules(module, [a.name for a in node.names], attributes, library)
     return found
 
@@ -161,7 +179,7 @@ def code_hash(
     notebook:Path, # A notebook
     library:Path, # Folder of the library
 )->str: # Twelve hexadecimal digits
-    "A hash of the code that a notebook executes: its cells and the library modules behind its imports"
+    "A hash of the code that a notebook executes: its cells and the library modules that it imports"
     notebook_json = json.loads(Path(notebook).read_text(encoding='utf-8'))
     cells = [''.join(c['source']) for c in notebook_json['cells'] if c['cell_type']=='code']
     texts = [normalized_source(c) for c in cells if not c.startswith('#| hide')]
@@ -200,7 +218,7 @@ def plan(
     data:str='', # Folder of the user's radiographs; simulated ones if empty
     run:str='', # Name below `_runs`; made from profile and data if empty
     settings:list[str]=(), # `name=value` or `stage.name=value`
-    targets:list[str]=(), # Stages to reach; if empty, those of the profile, or else those that read others and that no stage reads
+    targets:list[str]=(), # Stages to reach; if empty, those of the profile, or else all
 )->tuple[str,list[Job]]: # Folder of the run, relative to the checkout; its jobs in order
     "The jobs of a study, from the notebooks, a profile and the settings"
     top, data = root(), str(Path(data).expanduser()) if data else ''
@@ -217,7 +235,8 @@ def plan(
     for stage in known:
         if stage.name not in required: continue
         own, notebook = values[stage.name], str(stage.path.relative_to(top))
-        jobs.append(Job(stage.name, notebook, own, own['out'], graph[stage.name], code_hash(stage.path, top/'elbowsynth')))
+        code = code_hash(stage.path, top/'elbowsynth')
+        jobs.append(Job(stage.name, notebook, own, own['out'], graph[stage.name], code))
     return folder, jobs
 
 # %% ../nbs/9_run/90_run.ipynb #8ca7d376
@@ -227,12 +246,14 @@ def folder_state(
     "A hash of the names, sizes and dates of a folder's files"
     files = []
     for path in Path(folder).rglob('*'):
-        if path.is_file(): files.append((str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns))
+        if not path.is_file(): continue
+        status = path.stat()
+        files.append((str(path.relative_to(folder)), status.st_size, status.st_mtime_ns))
     return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:12]
 
 # %% ../nbs/9_run/90_run.ipynb #99232d01
 class LogTee:
-    "A stream that writes to a log and also passes on progress lines; the log gets one progress line in 15 seconds"
+    "A stream that writes to a log and passes on progress lines, of which the log gets one in 15 seconds"
     def __init__(self, log_file, on_progress):
         self.log_file, self.on_progress = log_file, on_progress
         self.rest, self.last_logged = '', -15.
@@ -256,7 +277,8 @@ def progress_bar(
     width:int=16, # Characters of the bar
 )->str: # A line that fits a terminal of 80 columns
     "A progress line as a bar"
-    stage, done, total, times = re.search(r'^stage .*?: (\w+) .*?: (\d+) of (\d+), (.*)', line).groups()
+    parts = re.search(r'^stage .*?: (\w+) .*?: (\d+) of (\d+), (.*)', line)
+    stage, done, total, times = parts.groups()
     bar = '#'*(int(done)*width//int(total))
     return f'{bar:.<{width}} {stage} {done} of {total}, {times}'
 
@@ -268,7 +290,8 @@ def log(
     "Print a line to stderr with the time since the start of the study"
     terminal = sys.stderr.isatty()
     started = float(os.environ.get('ELBOWSYNTH_STARTED', time.time()))
-    line = f'{format_duration(time.time()-started):>8}  {progress_bar(text) if terminal and transient else text}'
+    if terminal and transient: text = progress_bar(text)
+    line = f'{format_duration(time.time()-started):>8}  {text}'
     if terminal:
         if transient: line = line[:shutil.get_terminal_size().columns-1]
         line = f'\r\033[K{line}'
@@ -318,11 +341,15 @@ def _restore_user_cache():
     os.environ.pop('XDG_CACHE_HOME')
     if user_cache: os.environ['XDG_CACHE_HOME'] = user_cache
 
+def _package_versions():
+    packages = ['elbowsynth', 'torch', 'diffusers', 'transformers', 'numpy', 'opencv-python-headless']
+    return {p: importlib.metadata.version(p) for p in packages}
+
 def run_stage(
     job:Job, # What to run
     position:str, # Such as `3 of 13`
 )->int: # 0, or 1 after a failure, which has been reported
-    "Run a stage's notebook with papermill; write its executed copy, its log and, after success, `stage.json`"
+    "Run a stage's notebook with papermill; write its executed copy, its log and, at the end, `stage.json`"
     import papermill
     top, title = root(), f'stage {position}: {job.name}'
     _restore_user_cache()
@@ -344,15 +371,15 @@ def run_stage(
         except Exception as error:
             message = failure_message(error, top/job.notebook, copy)
             log_file.write('\n'.join(getattr(error, 'traceback', None) or [message]))
-            log(f'{title} FAILED in {message}\n\n          log            {log_path.relative_to(top)}\n'
+            log(f'{title} FAILED in {message}\n\n'
+                f'          log            {log_path.relative_to(top)}\n'
                 f'          executed copy  {copy.relative_to(top)}\n')
             return 1
     seconds = time.monotonic()-start
     save_json(folder/'logs'/f'{job.name}.json', {'stage': job.name, 'seconds': round(seconds, 1)})
-    packages = ('elbowsynth', 'torch', 'diffusers', 'transformers', 'numpy', 'opencv-python-headless')
-    versions = {p: importlib.metadata.version(p) for p in packages}
     python = '.'.join(map(str, sys.version_info[:3]))
-    save_json(folder/job.out/'stage.json', {**asdict(job), 'python': python, 'versions': versions})
+    written = {**asdict(job), 'python': python, 'versions': _package_versions()}
+    save_json(folder/job.out/'stage.json', written)
     log(f'{title} done in {format_duration(seconds)}')
     return 0
 
@@ -361,7 +388,8 @@ def stage_durations(
     folder:Path, # Folder of a run
 )->dict[str,float]: # Stage to seconds, in the order of the stages
     "How long each stage took when it last ran"
-    seconds = {p.stem: json.loads(p.read_text())['seconds'] for p in (Path(folder)/'logs').glob('*.json')}
+    logs = (Path(folder)/'logs').glob('*.json')
+    seconds = {p.stem: json.loads(p.read_text())['seconds'] for p in logs}
     return {s.name: seconds[s.name] for s in stages(root()/'nbs') if s.name in seconds}
 
 # %% ../nbs/9_run/90_run.ipynb #1fe03b87
@@ -369,7 +397,8 @@ def _duration_table(folder):
     "Markdown of the stages' durations"
     rows = ''
     for stage,seconds in stage_durations(folder).items():
-        rows += f'<tr><td>{html.escape(stage)}</td><td style="text-align:right">{format_duration(seconds)}</td></tr>'
+        duration = f'<td style="text-align:right">{format_duration(seconds)}</td>'
+        rows += f'<tr><td>{html.escape(stage)}</td>{duration}</tr>'
     return f'## Duration of the stages\n\n<table><tr><th>stage</th><th>time</th></tr>{rows}</table>'
 
 def write_report(
@@ -380,17 +409,21 @@ def write_report(
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(executed, as_version=4)
-    is_setup = ['parameters' in c.metadata.get('tags', []) or 'notebook_profile(' in c.source for c in nb.cells]
-    start = max(i for i,setup in enumerate(is_setup) if setup)+1
+    start = 0                                           # the first cell below the parameters
+    for i,cell in enumerate(nb.cells, 1):
+        is_setup = 'parameters' in cell.metadata.get('tags', []) or 'notebook_profile(' in cell.source
+        if is_setup: start = i
     nb.cells = [c for c in nb.cells[start:] if c.cell_type=='markdown' or c.get('outputs')]
     nb.cells.append(nbformat.v4.new_markdown_cell(_duration_table(folder)))
-    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
-    for url in ('mathjax_url', 'require_js_url', 'jquery_url', 'jupyter_widgets_base_url', 'mermaid_js_url',
-                'widget_renderer_url', 'html_manager_semver_range'):
+    exporter = HTMLExporter(
+        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
+    scripts = ['mathjax_url', 'require_js_url', 'jquery_url', 'jupyter_widgets_base_url', 'mermaid_js_url',
+               'widget_renderer_url', 'html_manager_semver_range']
+    for url in scripts:
         if exporter.has_trait(url): setattr(exporter, url, '')
     title = f'elbowsynth: {Path(folder).name}'
     page, _ = exporter.from_notebook_node(nb, resources={'metadata': {'name': title}})
-    page = re.sub(r'<script\b.*?</script>', '', page, flags=re.S)   # no script, so nothing is fetched from the web
+    page = re.sub(r'<script\b.*?</script>', '', page, flags=re.S)   # nothing is fetched from the web
     with atomic_write(Path(folder)/'report.html') as part: part.write_text(page, encoding='utf-8')
     return Path(folder)/'report.html'
 
@@ -403,11 +436,12 @@ def environment(
     cache.mkdir(parents=True, exist_ok=True)
     dropped = ('MPLBACKEND', 'JPY_SESSION_NAME', 'PYTHONPATH')
     variables = {k: v for k,v in os.environ.items() if k not in dropped}
-    variables |= {'ELBOWSYNTH_PROFILE': 'none', 'JUPYTER_PREFER_ENV_PATH': '1', 'PYTHONNOUSERSITE': '1', 'PYTHONHASHSEED': '0'}
-    variables |= {'HF_HUB_DISABLE_TELEMETRY': '1', 'DO_NOT_TRACK': '1'}
-    variables |= {'ELBOWSYNTH_USER_XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME', ''), 'XDG_CACHE_HOME': str(cache)}
-    for variable,name in (('IPYTHONDIR', 'ipython'), ('MPLCONFIGDIR', 'matplotlib'), ('JUPYTER_RUNTIME_DIR', 'jupyter')):
-        variables[variable] = str(cache/name)
+    variables |= {
+        'ELBOWSYNTH_PROFILE': 'none', 'JUPYTER_PREFER_ENV_PATH': '1', 'PYTHONNOUSERSITE': '1',
+        'PYTHONHASHSEED': '0', 'HF_HUB_DISABLE_TELEMETRY': '1', 'DO_NOT_TRACK': '1',
+        'ELBOWSYNTH_USER_XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME', ''),
+        'XDG_CACHE_HOME': str(cache), 'IPYTHONDIR': str(cache/'ipython'),
+        'MPLCONFIGDIR': str(cache/'matplotlib'), 'JUPYTER_RUNTIME_DIR': str(cache/'jupyter')}
     for library in ('OMP', 'MKL', 'OPENBLAS'): variables[f'{library}_NUM_THREADS'] = str(n_threads)
     return variables
 
@@ -423,7 +457,8 @@ def acquire_lock(
             fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
             return lock
         except BlockingIOError: time.sleep(.2)
-    raise RuntimeError(f'another study is running in {path.parent}; fix: wait until it ends, or choose another folder with RUN=NAME')
+    raise RuntimeError(f'another study is running in {path.parent}; '
+                       'fix: wait until it ends, or choose another folder with RUN=NAME')
 
 # %% ../nbs/9_run/90_run.ipynb #46329a93
 def summarize(
@@ -434,13 +469,16 @@ def summarize(
     "Report the end of a study: the report and the durations, or what is not finished"
     unfinished = [j.name for j in jobs if not (folder/j.out/'stage.json').exists()]
     if exit_code or unfinished:
-        log(f'not finished: {", ".join(unfinished) or "see above"}. Finished stages are kept; rerun the same command to resume.')
+        log(f'not finished: {", ".join(unfinished) or "see above"}. '
+            'Finished stages are kept; rerun the same command to resume.')
         return exit_code or 1
     durations = stage_durations(folder)
     log(f'all {len(jobs)} stages are done; duration of each stage when it last ran:')
     for job in jobs: log(f'    {job.name:<18}{format_duration(durations[job.name]):>8}')
     installed = root()/'.venv'/'installed'
-    if installed.exists(): log(f'    {"installation":<18}{format_duration(float(installed.read_text() or 0)):>8}')
+    if installed.exists():
+        duration = format_duration(float(installed.read_text() or 0))
+        log(f'    {"installation":<18}{duration:>8}')
     figures = [folder/'notebooks'/Path(j.notebook).name for j in jobs if j.name=='figures']
     if figures: log(f'report: {write_report(folder, figures[0])}')
     else: log(f'results: {", ".join(str((folder/j.out).relative_to(root())) for j in jobs[-2:])}')
@@ -448,15 +486,18 @@ def summarize(
 
 # %% ../nbs/9_run/90_run.ipynb #3720793c
 def _write_plan(folder, jobs, data_dir, cores):
-    "Write `plan.json`, which Snakemake and the stages read; refuse a folder that holds the study of other data"
+    "Write `plan.json`, which Snakemake and the stages read; refuse a folder with results of other data"
     path = folder/'plan.json'
     previous = json.loads(path.read_text())['data_dir'] if path.exists() else data_dir
     if previous!=data_dir:
-        raise ValueError(f'{folder.relative_to(root())} holds the study of {previous or "simulated radiographs"}; '
+        data = previous or 'simulated radiographs'
+        raise ValueError(f'{folder.relative_to(root())} holds the study of {data}; '
                          'fix: choose another folder with RUN=NAME')
     data_hash = folder_state(data_dir) if data_dir else ''
-    contents = {'jobs': [asdict(j) for j in jobs], 'data_dir': data_dir, 'data_hash': data_hash, 'cores': cores}
-    with atomic_write(path) as part: part.write_text(json.dumps(contents, indent=1))      # values exactly, not rounded
+    contents = {
+        'jobs': [asdict(j) for j in jobs], 'data_dir': data_dir, 'data_hash': data_hash, 'cores': cores}
+    text = json.dumps(contents, indent=1)               # exactly, not rounded as in save_json
+    with atomic_write(path) as part: part.write_text(text)
 
 def study(
     profile:str='demo', # Name of a file in `params`
@@ -468,7 +509,7 @@ def study(
 )->int: # 0 if every stage is done
     "Run the stages of a study that are out of date, then write its report"
     top = root()
-    if not cores: cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = cores or n_cores()
     folder, jobs = plan(profile, data, run, settings, targets)
     data_dir = str(Path(data).expanduser().resolve()) if data else ''
     lock = acquire_lock(top/folder/'.lock')
@@ -476,26 +517,33 @@ def study(
     os.environ['ELBOWSYNTH_STARTED'] = str(time.time())
     os.environ['ELBOWSYNTH_PARENT_PID'] = str(os.getpid())
     os.environ['ELBOWSYNTH_LOG_EVERY_S'] = '2' if sys.stderr.isatty() else '15'
-    log(f'{len(jobs)} stages into {folder}; profile {profile}; data: {data_dir or "simulated radiographs"}; {cores} cores')
+    source = data_dir or 'simulated radiographs'
+    log(f'{len(jobs)} stages into {folder}; profile {profile}; data: {source}; {cores} cores')
     command = [
-        sys.executable, '-m', 'snakemake', '--snakefile', top/'workflow'/'Snakefile', '--directory', top/folder,
-        '--cores', str(cores), '--nolock', '--rerun-incomplete', '--keep-going', '--quiet', 'all',
-        '--rerun-triggers', 'mtime', 'params', 'input']
+        sys.executable, '-m', 'snakemake', '--snakefile', top/'workflow'/'Snakefile',
+        '--directory', top/folder, '--cores', str(cores), '--nolock', '--rerun-incomplete',
+        '--keep-going', '--quiet', 'all', '--rerun-triggers', 'mtime', 'params', 'input']
     if shutil.which('nvidia-smi'): command += ['--resources', 'gpu=1']
-    done = subprocess.run(command, env=environment(max(1, cores//2)), cwd=top, stdin=subprocess.DEVNULL, pass_fds=[lock.fileno()])
+    done = subprocess.run(
+        command, env=environment(max(1, cores//2)), cwd=top, stdin=subprocess.DEVNULL,
+        pass_fds=[lock.fileno()])
     return summarize(top/folder, jobs, done.returncode)
 
 # %% ../nbs/9_run/90_run.ipynb #f1906f03
 def _build_parser():
     "The command line: `study`, and `stage` for the workflow"
-    parser = argparse.ArgumentParser(prog='elbowsynth', description='Synthetic elbow radiographs: the study and its stages')
+    description = 'Synthetic elbow radiographs: the study and its stages'
+    parser = argparse.ArgumentParser(prog='elbowsynth', description=description)
     commands = parser.add_subparsers(dest='command', required=True)
     s = commands.add_parser('study', help='run the stages of the study that are out of date')
     s.add_argument('--profile', default='demo', help='a file of params/ (default: demo)')
-    s.add_argument('--data', default='', help='folder of radiographs with labels.csv (default: simulated radiographs)')
+    s.add_argument('--data', default='',
+                   help='folder of radiographs with labels.csv (default: simulated radiographs)')
     s.add_argument('--run', default='', help='name of the folder below _runs')
-    s.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help='parameters and options, as "epochs=3 flux.decay_rate=-0.7"')
-    s.add_argument('--target', action='append', default=[], metavar='STAGE', help='stop at this stage')
+    s.add_argument('--set', action='append', default=[], metavar='NAME=VALUE',
+                   help='parameters and options, as "epochs=3 flux.decay_rate=-0.7"')
+    s.add_argument('--target', action='append', default=[], metavar='STAGE',
+                   help='stop at this stage')
     s.add_argument('--cores', type=int, default=0, help='processor cores to use (default: all)')
     stage = commands.add_parser('stage', help='run one job of a plan (called by the workflow)')
     stage.add_argument('name')

@@ -21,7 +21,7 @@ class Stage:
     name:str # File name of the notebook without its number
     path:Path # The notebook
     defaults:dict # Parameter to default value, in the order of the notebook
-    options_class:str = '' # Dataclass whose fields may be set in the parameter `options`; empty if there is none
+    options_class:str = '' # Dataclass of the parameter `options`; empty if there is none
 
 def _parameters_cell(path):
     "Source of the cell tagged `parameters`; None if there is no such cell"
@@ -29,7 +29,8 @@ def _parameters_cell(path):
     tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])]
     if not tagged: return None
     if len(tagged)>1 or not all(isinstance(o, ast.AnnAssign) for o in ast.parse(tagged[0]).body):
-        raise ValueError(f'{Path(path).name}: expected one parameters cell with lines `name: type = value  # what it is`')
+        raise ValueError(f'{Path(path).name}: expected one parameters cell '
+                         'with lines `name: type = value  # what it is`')
     return tagged[0]
 
 def read_parameters(
@@ -46,28 +47,35 @@ def options_class(
 )->str: # Dotted name of a dataclass; empty if the notebook has no parameter `options`
     "The dataclass that the comment of the parameter `options` names"
     source = _parameters_cell(path) or ''
-    comments = {t.start[0]: t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type==tokenize.COMMENT}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string for t in tokens if t.type==tokenize.COMMENT}
     for o in ast.parse(source).body:
         if o.target.id!='options': continue
         named = re.search(r'field of ([\w.]+\w)', comments.get(o.end_lineno, ''))
         if named: return named[1]
-        raise ValueError(f'{Path(path).name}: the comment of `options` names no dataclass; expected "Any other field of MODULE.CLASS"')
+        raise ValueError(f'{Path(path).name}: the comment of `options` names no dataclass; '
+                         'expected "Any other field of MODULE.CLASS"')
     return ''
 
 # %% ../nbs/0_core/01_stages.ipynb #8aa08561
+def _number(notebook): return int(re.match(r'\d+', notebook.name)[0])
+
 def stages(
     folder:Path, # Folder of the notebooks; folders in it are searched, too
 )->list[Stage]: # In the order of their numbers
     "Every stage below `folder`"
     folder, found = Path(folder), {}
-    notebooks = [p for p in folder.rglob('[0-9]*.ipynb') if not any(part.startswith('.') for part in p.relative_to(folder).parts)]
-    for path in sorted(notebooks, key=lambda p: (int(re.match(r'\d+', p.name)[0]), p.name)):
+    notebooks = sorted(folder.rglob('[0-9]*.ipynb'), key=lambda p: (_number(p), p.name))
+    for path in notebooks:
+        hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
+        if hidden: continue                                             # .ipynb_checkpoints
         defaults = read_parameters(path)
         if defaults is None: continue
         name = path.stem.split('_', 1)[1]
         if name in found:
             first, second = found[name].path.relative_to(folder), path.relative_to(folder)
-            raise ValueError(f'two stages are called {name!r}: {first} and {second}; fix: rename one of these notebooks')
+            raise ValueError(f'two stages are called {name!r}: {first} and {second}; '
+                             'fix: rename one of these notebooks')
         found[name] = Stage(name, path, defaults, options_class(path))
     return list(found.values())
 
@@ -76,10 +84,10 @@ def coerce_type(
     value, # As YAML or the command line gives it
     default, # Default value of the parameter
 ):
-    "`value` in the type of `default`: text such as `1e-4`, which YAML does not read as a number, and integers become floats"
+    "`value` in the type of `default`; text such as `1e-4`, which is no number in YAML, becomes a float"
     if default is None: return value
     if type(default) is float and not isinstance(value, bool): return float(value)
-    if isinstance(default, tuple) and isinstance(value, list): return value        # YAML and JSON have no tuples
+    if isinstance(default, tuple) and isinstance(value, list): return value     # YAML has no tuples
     if type(value) is not type(default): raise ValueError
     return value
 
@@ -91,7 +99,8 @@ def type_errors(
 )->list[str]: # Empty if the value fits
     "The error of a value that does not fit its parameter"
     try: coerce_type(value, default)
-    except (ValueError, TypeError): return [f'{name}: expected {type(default).__name__} (default {default!r}), got {value!r}']
+    except (ValueError, TypeError):
+        return [f'{name}: expected {type(default).__name__} (default {default!r}), got {value!r}']
     return []
 
 # %% ../nbs/0_core/01_stages.ipynb #34b42668
@@ -127,42 +136,55 @@ def has_setting(
     "Whether a name can be set in a stage"
     return name in stage.defaults or name in option_defaults(stage)
 
+# %% ../nbs/0_core/01_stages.ipynb #9388e752
+def _options_errors(stage, given, given_options):
+    "Names in `options` that are not options, or that are also set by name"
+    errors, known = [], option_defaults(stage)
+    for name in given_options:
+        setting = f'{stage.name}.{name}'
+        if name in given:
+            errors.append(f'{setting} is set twice: by its name and in options; fix: set it once')
+        elif name in stage.defaults:
+            errors.append(f'{stage.name}.options: {name!r} is a parameter of the stage; fix: set {setting}')
+        elif name not in known:
+            errors.append(f'{stage.name}.options: unknown option {name!r} of {stage.options_class}'
+                          f'{suggestion(name, known)}')
+    return errors
+
 def route_settings(
     stage:Stage, # A stage
     given:dict, # Parameter or option to value
 )->tuple[dict, list[str]]: # Parameter to value, with the options in `options`; errors
     "Divide settings into parameters and options, and check names and types"
-    known, errors = option_defaults(stage), []
-    given_options = given.get('options', {}) if stage.options_class else {}
-    if not isinstance(given_options, dict): return {}, type_errors(f'{stage.name}.options', given_options, {})
+    known, where = option_defaults(stage), stage.name
+    given = dict(given)
+    given_options = given.pop('options', {}) if stage.options_class else {}
+    if not isinstance(given_options, dict): return {}, type_errors(f'{where}.options', given_options, {})
+    errors = _options_errors(stage, given, given_options)
     values, options = {}, {}
-    for name,value in given.items():
-        if name=='options' and stage.options_class: continue
+    for name,value in {**given_options, **given}.items():
         if name in stage.defaults: target, default = values, stage.defaults[name]
         elif name in known: target, default = options, known[name]
         else:
-            errors.append(f'{stage.name} has no parameter {name!r}{suggestion(name, [*stage.defaults, *known])}')
+            if name in given:
+                hint = suggestion(name, [*stage.defaults, *known])
+                errors.append(f'{where} has no parameter {name!r}{hint}')
             continue
-        found = type_errors(f'{stage.name}.{name}', value, default)
-        errors += found
-        if not found: target[name] = coerce_type(value, default)
-    for name,value in given_options.items():
-        if name in given: errors.append(f'{stage.name}.{name} is set twice: by its name and in options; fix: set it once')
-        elif name in stage.defaults: errors.append(f'{stage.name}.options: {name!r} is a parameter of the stage; fix: set {stage.name}.{name}')
-        elif name not in known: errors.append(f'{stage.name}.options: unknown option {name!r} of {stage.options_class}{suggestion(name, known)}')
-        else:
-            found = type_errors(f'{stage.name}.options.{name}', value, known[name])
-            errors += found
-            if not found: options[name] = coerce_type(value, known[name])
+        wrong_type = type_errors(f'{where}.{name}', value, default)
+        errors += wrong_type
+        if not wrong_type: target[name] = coerce_type(value, default)
     if options: values['options'] = options
     return values, errors
 
+# %% ../nbs/0_core/01_stages.ipynb #f05242da
 def merge_values(
     *layers:dict, # Parameter to value; later ones take precedence
 )->dict: # Parameter to value
     "Join defaults, profile and settings; options are joined by name"
     merged = {name: value for layer in layers for name,value in layer.items()}
-    if 'options' in merged: merged['options'] = {name: value for layer in layers for name,value in layer.get('options', {}).items()}
+    if 'options' in merged:
+        merged['options'] = {}
+        for layer in layers: merged['options'] |= layer.get('options', {})
     return merged
 
 # %% ../nbs/0_core/01_stages.ipynb #595b3c65
@@ -186,12 +208,15 @@ def profile_values(
     "Read a profile; all unknown stages and parameters are reported together"
     sections, names = read_profile(profile, folder), [s.name for s in known]
     targets, common = sections.pop('targets', []), sections.pop('all', None) or {}
-    errors = [f'no stage is called {k!r}{suggestion(k, names)}' for k in [*sections, *targets] if k not in names]
+    unknown = [name for name in [*sections, *targets] if name not in names]
+    errors = [f'no stage is called {name!r}{suggestion(name, names)}' for name in unknown]
     for name in common:
-        if not any(has_setting(s, name) for s in known): errors.append(f'no stage has a parameter {name!r}')
+        stages_with_it = [s for s in known if has_setting(s, name)]
+        if not stages_with_it: errors.append(f'no stage has a parameter {name!r}')
     values = {}
     for stage in known:
-        shared, shared_errors = route_settings(stage, {p: v for p,v in common.items() if has_setting(stage, p)})
+        of_stage = {p: v for p,v in common.items() if has_setting(stage, p)}
+        shared, shared_errors = route_settings(stage, of_stage)
         own, own_errors = route_settings(stage, sections.get(stage.name) or {})
         values[stage.name] = merge_values(shared, own)
         errors += shared_errors+own_errors
@@ -204,7 +229,8 @@ def papermill_parameters(
 )->set[str]: # Names of parameters
     "The parameters that papermill has set in this session"
     cells = [c for c in history if c.lstrip().startswith('# Parameters\n')]
-    return {t.id for c in cells for o in ast.parse(c).body if isinstance(o, ast.Assign) for t in o.targets}
+    assignments = [o for c in cells for o in ast.parse(c).body if isinstance(o, ast.Assign)]
+    return {target.id for o in assignments for target in o.targets}
 
 # %% ../nbs/0_core/01_stages.ipynb #2fd0da6c
 def notebook_profile(
@@ -218,6 +244,7 @@ def notebook_profile(
     known = stages(root()/'nbs')
     values = {'run': f'_runs/{profile}'} | profile_values(profile, known)[stage]
     out = next(s.defaults['out'] for s in known if s.name==stage)
-    if history: (root()/values['run']/out/'stage.json').unlink(missing_ok=True)     # the runner has to run this stage again
+    if history:                                                         # the runner has to run this stage again
+        (root()/values['run']/out/'stage.json').unlink(missing_ok=True)
     inserted = papermill_parameters(history)
     return {k: v for k,v in values.items() if k not in inserted}

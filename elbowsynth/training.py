@@ -32,7 +32,7 @@ def get_device(
 def configure_device(
     device:torch.device, # Device to train on
 )->torch.device: # The same
-    "Settings of a device: memory that glibc keeps (CPU on Linux), TF32 and the fastest convolutions (CUDA)"
+    "Settings of a device: memory kept by glibc (CPU on Linux), TF32 and fast convolutions (CUDA)"
     if device.type=='cpu' and sys.platform=='linux':
         options = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, 2**31-1)}      # of malloc.h
         try:
@@ -66,7 +66,7 @@ def batch_indices(
     seed:int=0, # Seed of the shuffles
     start:int=0, # Batches already done
 ):
-    "Yield index arrays (batch_size,) until each image was used `epochs` times; the last batch may begin another epoch"
+    "Yield index arrays (batch_size,) until each image was used `epochs` times; the last may go beyond"
     shuffled = {}                                                   # epoch to permutation
     for batch in range(start, -(-epochs*n//batch_size)):
         positions = np.arange(batch*batch_size, (batch+1)*batch_size)
@@ -82,7 +82,7 @@ def checkpoint_steps(
     epochs:int, # Epochs
     checkpoint_every:int, # Epochs between two checkpoints
 )->dict[int,int]: # Batches done to epochs done, with epoch 0 and the last
-    "When to save and sample: before training, every `checkpoint_every` epochs (Section 3.3: 500), and at the end"
+    "When to save and sample: before training, every `checkpoint_every` epochs, and at the end"
     at_epochs = sorted({*range(0, epochs+1, checkpoint_every), epochs})
     return {-(-epoch*n//batch_size): epoch for epoch in at_epochs}
 
@@ -121,11 +121,13 @@ class JsonlLogger:
         last_step, last_time = self.last_record
         now = time.monotonic()
         if self.images_per_step and step>last_step:
-            values['images_per_second'] = (step-last_step)*self.images_per_step/max(now-last_time, 1e-9)
+            n_images = (step-last_step)*self.images_per_step
+            values['images_per_second'] = n_images/max(now-last_time, 1e-9)
         self.last_record = step, now
         for k,v in values.items():
             if isinstance(v, float) and not np.isfinite(v): values[k] = None
-        with self.path.open('a') as f: f.write(json.dumps(round_floats({'step': step, **values}))+'\n')
+        record = round_floats({'step': step, **values})
+        with self.path.open('a') as f: f.write(json.dumps(record)+'\n')
         if not self.summary_writer: return
         for k,v in values.items():
             if isinstance(v, (int, float)): self.summary_writer.add_scalar(k, v, step)
@@ -158,11 +160,13 @@ def save_checkpoint(
     modules:dict, # Name to network
     optimizers:dict, # Name to optimizer
     generator:torch.Generator=None, # The run's own random generator, if it has one
-    keep_previous:bool=False, # Whether to keep the present checkpoint as `previous_checkpoint(path)`
+    keep_previous:bool=False, # Whether to keep the checkpoint as `previous_checkpoint(path)`
     **state, # Numbers and text, such as step and epoch
 ):
     "Write all that a run needs to resume bit-identically"
-    tensors = {f'{name}/{key}': t for name,module in modules.items() for key,t in module.state_dict().items()}
+    tensors = {}
+    for name,module in modules.items():
+        for key,tensor in module.state_dict().items(): tensors[f'{name}/{key}'] = tensor
     for name,optimizer in optimizers.items():
         for i,values in optimizer.state_dict()['state'].items():
             others = {}
@@ -171,14 +175,16 @@ def save_checkpoint(
                 else: others[key] = value
             state[f'{name}/{i}'] = others
     tensors |= _rng_states(generator)
-    contiguous = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k,t in tensors.items()}
+    contiguous = {}
+    for key,tensor in tensors.items():
+        contiguous[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     with atomic_write(path) as part:
         save_file(contiguous, part, metadata={'state': json.dumps(state)})
         with part.open('rb+') as f: os.fsync(f.fileno())
         if keep_previous and Path(path).exists():
             with atomic_write(previous_checkpoint(path)) as previous:
                 try: os.link(path, previous)
-                except OSError: shutil.copyfile(path, previous)     # a file system without hard links
+                except OSError: shutil.copyfile(path, previous)     # no hard links on this file system
 
 # %% ../nbs/0_core/04_training.ipynb #cb2dc058
 def _tensors_below(f, prefix):
@@ -192,12 +198,13 @@ def _restore_rng(states, generator):
     for name,state in states.items():
         if not name.startswith('cuda:'): continue
         index = int(name.split(':')[1])
-        if index<torch.cuda.device_count(): torch.cuda.set_rng_state(state, index)      # a resumed run may have fewer GPUs
+        available = index<torch.cuda.device_count()     # a resumed run may have fewer GPUs
+        if available: torch.cuda.set_rng_state(state, index)
 
 def load_checkpoint(
     path:Path, # A file that `save_checkpoint` wrote
     modules:dict, # Name to network; modified in place
-    optimizers:dict=None, # Name to optimizer; modified in place. If given, random generators are restored, too
+    optimizers:dict=None, # Name to optimizer, likewise; if given, random generators are restored, too
     generator:torch.Generator=None, # The run's own random generator
 )->dict: # The numbers and text that were saved
     "Restore networks, optimizers and random generators"
@@ -205,14 +212,15 @@ def load_checkpoint(
         state = json.loads(f.metadata()['state'])
         for name,module in modules.items(): module.load_state_dict(_tensors_below(f, f'{name}/'))
         for name,optimizer in (optimizers or {}).items():
-            values = {}                                             # index of the parameter to its optimizer state
+            values = {}                                 # index of the parameter to its optimizer state
             for key,tensor in _tensors_below(f, f'{name}/').items():
                 i, field = key.split('/', 1)
                 values.setdefault(int(i), {})[field] = tensor
             for key in [k for k in state if k.startswith(f'{name}/')]:
                 values.setdefault(int(key[len(name)+1:]), {}).update(state[key])
+            groups = optimizer.state_dict()['param_groups']
             sorted_values = {i: values[i] for i in sorted(values)}
-            optimizer.load_state_dict({'state': sorted_values, 'param_groups': optimizer.state_dict()['param_groups']})
+            optimizer.load_state_dict({'state': sorted_values, 'param_groups': groups})
         if optimizers is not None: _restore_rng(_tensors_below(f, 'rng/'), generator)
     return {k: v for k,v in state.items() if '/' not in k}
 
@@ -220,7 +228,7 @@ def load_checkpoint(
 class TrainingDiverged(FloatingPointError): "A loss or a weight is NaN, infinite or too large"
 
 class NanGuard:
-    "Record, without waiting for the device, the first step with a loss that is NaN, infinite or too large"
+    "Record, without waiting for the device, the first step whose loss is NaN, infinite or too large"
     def __init__(self,
         device:torch.device, # Device of the losses
         threshold:float=1e6, # Absolute value above which a loss is too large
@@ -258,7 +266,7 @@ def _is_finite_file(path):
 
 def restore_last_finite(
     path:Path, # A checkpoint, whose weights may be NaN or infinite
-)->int|None: # Step of the checkpoint that is now at `path`; None if there is none with finite weights
+)->int|None: # Step of the checkpoint that is now at `path`; None if no checkpoint is finite
     "Make the last checkpoint with finite tensors the one to resume from"
     path = Path(path)
     for candidate in (path, previous_checkpoint(path)):
@@ -291,7 +299,7 @@ def lr_factor(
     schedule:str='constant', # constant, linear or cosine (to zero at the end), or trapezoid
     warmup_steps:int=0, # Steps of linear warm-up
 )->float: # From 0 to 1
-    "What the learning rate is multiplied by; `trapezoid` rises, stays at 1 and falls in the last quarter"
+    "Factor of the learning rate; `trapezoid` rises, stays at 1 and falls in the last quarter"
     if schedule=='trapezoid':
         return max(0, min((step+1)/warmup_steps, 1, 4*(1-step/total_steps)))
     warmup = min(1, step/warmup_steps) if warmup_steps else 1

@@ -1,5 +1,5 @@
 """Comparison with piq, torchmetrics, scikit-image and scikit-learn on hard inputs, and how the stage `metrics` handles changes and interruptions."""
-import json, os, shutil, subprocess, sys, textwrap
+import importlib, json, os, shutil, subprocess, sys, textwrap
 import cv2, numpy as np, pandas as pd, piq, pytest, torch
 import torchmetrics.functional.image as tm
 from conftest import sh
@@ -7,7 +7,6 @@ from skimage.metrics import structural_similarity
 from sklearn.metrics.pairwise import pairwise_distances, polynomial_kernel, rbf_kernel
 from elbowsynth.data.images import write_png
 from elbowsynth.evaluation import extractors, metrics
-from elbowsynth.evaluation import ssim as ssim_module
 from elbowsynth.evaluation.baselines import load_autoencoders, region_masks, vae_reconstruct
 from elbowsynth.evaluation.extractors import cached_features, features, state_dict
 from elbowsynth.evaluation.metrics import score_run
@@ -144,7 +143,8 @@ def test_tensor_code_equals_opencv_code(monkeypatch):
         assert np.abs(stacked-by_image).max()<1e-9
     masks = {'half': (np.arange(200)<100)*np.ones_like(x)}
     by_image = pair_scores(x, y, masks)
-    monkeypatch.setattr(ssim_module, 'map_pairs', map_stacks)
+    module = importlib.import_module('elbowsynth.evaluation.ssim')
+    monkeypatch.setattr(module, 'map_pairs', map_stacks)
     stacked = pair_scores(x, y, masks)
     pd.testing.assert_frame_equal(by_image, stacked, atol=1e-9, rtol=0)
 
@@ -154,9 +154,9 @@ def test_a_negative_scale_counts_as_zero():
     assert combine_scales(np.array([1., 1, 1, 1, 1]))==1
 
 @pytest.mark.parametrize('spoil,message', [
-    (lambda a: a*255, r'image 2 of y.*\[0, 255\]'),
-    (lambda a: a-.5, r'image 2 of y.*\[-0.5, 0.5\]'),
-    (lambda a: a*np.nan, 'image 2 of y.*NaN')])
+    (lambda a: a*255, 'image 2 of y has values from 0 to 255'),
+    (lambda a: a-.5, 'image 2 of y has values from -0.5 to 0.5'),
+    (lambda a: a*np.nan, 'image 2 of y contains NaN')])
 def test_message_names_the_invalid_image(spoil, message):
     x = np.random.default_rng(0).random((4, 170, 170))
     y = x.copy()
@@ -169,12 +169,12 @@ def test_message_names_the_invalid_image(spoil, message):
 
 def test_shapes_and_counts_are_checked():
     x = np.random.default_rng(0).random((4, 170, 170))
-    with pytest.raises(ValueError, match=r'\(n, h, w\)'): ssim(x[:, None], x[:, None])
-    with pytest.raises(ValueError, match='x holds 4 films of 170x170 pixels, y holds 3'):
+    with pytest.raises(ValueError, match=r'expected images as \(n, h, w\)'): ssim(x[:, None], x[:, None])
+    with pytest.raises(ValueError, match='x has 4 images of 170x170 pixels, y has 3'):
         ssim(x, x[:3])
-    with pytest.raises(ValueError, match='x holds 4 films of 170x170 pixels, y holds 4 of 170x160'):
+    with pytest.raises(ValueError, match='x has 4 images of 170x170 pixels, y has 4 of 170x160'):
         ms_ssim(x, x[..., :160])
-    with pytest.raises(ValueError, match='mask is'): ssim(x, x, np.ones((3, 170, 170)))
+    with pytest.raises(ValueError, match='mask has the shape'): ssim(x, x, np.ones((3, 170, 170)))
     masks = np.stack([*np.ones((3, 170, 170)), np.zeros((170, 170))])
     with pytest.raises(ValueError, match='mask 3'): ssim(x, x, masks)
     with pytest.raises(ValueError, match="unknown convention 'x'"): mmd2(x[:, 0], x[:, 0], 'x')

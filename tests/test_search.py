@@ -123,26 +123,33 @@ def test_the_choice_of_a_checkpoint_does_not_hang_on_the_test_films():
         c = checkpoint_selection(s).set_index('metric')
         assert (c.best[['ssim', 'ms_ssim']]>=c.chosen[['ssim', 'ms_ssim']]).all() and (c.best[['mmd2', 'mmd2_paper_A']]<=c.chosen[['mmd2', 'mmd2_paper_A']]).all()
 
-def one_run(folder, seeds):
-    rows = [(m, metric, 10, .5, 10, .1*s+.01*('tac' in m), 20, .4) for m, s in seeds.items() for metric in ('ssim', 'mmd2')]
+def write_toy_run(folder, seeds):
+    "A run with the scores of models and the seeds that they were trained from"
+    rows = [(model, metric, 10, .5, 10, .1*seed+.01*('tac' in model), 20, .4)
+            for model, seed in seeds.items() for metric in ('ssim', 'mmd2')]
+    columns = ['model', 'metric', 'best_epoch', 'best_score', 'selected_epoch', 'selected_score', 'last_epoch', 'last_score']
+    metrics_info = {'images_hash': 'x', 'size': 180, 'extractor': 'X', 'resize': 'r', 'inpainting_models': []}
     (folder/'metrics').mkdir(parents=True)
-    pd.DataFrame(rows, columns=['model', 'metric', 'best_epoch', 'best', 'chosen_epoch', 'chosen', 'last_epoch', 'last']).to_csv(folder/'metrics'/'choice.csv', index=False)
-    (folder/'metrics'/'metrics.json').write_text(json.dumps({'films': 'x', 'size': 180, 'extractor': 'X', 'resize': 'r', 'inpainting': []}))
-    for m, s in seeds.items():
-        (folder/m).mkdir()
-        (folder/m/'stage.json').write_text(json.dumps({'name': m, 'values': {'seed': s}}))
+    pd.DataFrame(rows, columns=columns).to_csv(folder/'metrics'/'checkpoint_selection.csv', index=False)
+    (folder/'metrics'/'metrics.json').write_text(json.dumps(metrics_info))
+    for model, seed in seeds.items():
+        (folder/model).mkdir()
+        (folder/model/'stage.json').write_text(json.dumps({'name': model, 'values': {'seed': seed}}))
     return folder
 
 def test_no_ranking_below_three_seeds(tmp_path):
-    two = [one_run(tmp_path/f'r{i}', {'ac_gan': i, 'tac_gan': i}) for i in range(2)]
-    with pytest.raises(ValueError, match='cannot be ranked by SSIM.*AC-GAN was trained with 2, TAC-GAN was trained with 2'): ranking(seed_table(two), 'ssim')
-    again = one_run(tmp_path/'again', {'ac_gan': 1, 'tac_gan': 1})
-    with pytest.raises(ValueError, match='AC-GAN was trained with 2'): ranking(seed_table([*two, again]), 'ssim')       # the same seed once more is no third
-    third = one_run(tmp_path/'third', {'ac_gan': 2, 'tac_gan': 2})
+    two = [write_toy_run(tmp_path/f'run{i}', {'ac_gan': i, 'tac_gan': i}) for i in range(2)]
+    with pytest.raises(ValueError, match='cannot be ranked by SSIM.*AC-GAN was trained from 2, TAC-GAN was trained from 2'):
+        ranking(seed_table(two), 'ssim')
+    same_seed = write_toy_run(tmp_path/'same_seed', {'ac_gan': 1, 'tac_gan': 1})
+    with pytest.raises(ValueError, match='AC-GAN was trained from 2'):
+        ranking(seed_table([*two, same_seed]), 'ssim')              # a seed that is already there does not count
+    third = write_toy_run(tmp_path/'third', {'ac_gan': 2, 'tac_gan': 2})
     table = seed_table([*two, third])
-    assert ranking(table, 'ssim')==['tac_gan', 'ac_gan'] and ranking(table, 'mmd2')==['ac_gan', 'tac_gan']
-    assert np.allclose(table[table.metric=='ssim'][['mean', 'spread']], [[.1, .1], [.11, .1]])
-    with pytest.raises(ValueError, match='there are not two'): ranking(table, 'ssim', 'inpainting')
+    assert ranking(table, 'ssim')==['tac_gan', 'ac_gan']
+    assert ranking(table, 'mmd2')==['ac_gan', 'tac_gan']
+    assert np.allclose(table[table.metric=='ssim'][['mean', 'std']], [[.1, .1], [.11, .1]])
+    with pytest.raises(ValueError, match='there are fewer than two models'): ranking(table, 'ssim', 'inpainting')
 
 # Gong's overlapping Gaussians: the cells of the page, played with other signs
 

@@ -19,7 +19,7 @@ else .venv/bin/python -m pip install -q --disable-pip-version-check --require-ha
 fi
 .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --use-pep517 -e .
 .venv/bin/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" >/dev/null 2>&1 || :    # it would request news from the web
-mkdir -p .venv/share/jupyter/lab/settings           # in JupyterLab the start page is listed before the folders
+mkdir -p .venv/share/jupyter/lab/settings           # JupyterLab lists the start page directly below the folders
 echo '{"@jupyterlab/filebrowser-extension:browser": {"sortNotebooksFirst": true}}' > .venv/share/jupyter/lab/settings/overrides.json
 echo "$(($(date +%s)-start))" > .venv/installed
 echo "Installed in $(cat .venv/installed) s."

@@ -41,7 +41,7 @@ def local_search(
         deviation = n_test@group_types-target
         gradient = 2*group_types@(deviation*weight)
         can_add = (n_test<n_groups_per_type) & (n_test.sum()<n_groups-1) # never all groups
-        can_remove = (n_test>0) & (n_test.sum()>1)                       # never none
+        can_remove = (n_test>0) & (n_test.sum()>1)                      # never none
         add = np.where(n_test<n_groups_per_type, own+gradient, np.inf)
         remove = np.where(n_test>0, own-gradient, np.inf)
         best_add = np.where(can_add, add, np.inf)
@@ -77,23 +77,24 @@ def _class_counts_by_group(pairs, group_index, n_groups):
     return np.hstack([by_class, .1*by_class.sum(1, keepdims=True), .05*by_class_and_view])
 
 def stratified_group_split(
-    pairs:pd.DataFrame, # Columns `patient` and `pathology`, a row for each pair; `group`, `image` and `view` if there are any
+    pairs:pd.DataFrame, # `patient` and `pathology` of each pair; `group`, `image`, `view` if known
     test_fraction:float=.3, # Fraction of each class's pairs to hold out (Section 3.1)
     seed:int=0, # Chooses among equally good splits
 )->pd.Series: # `train` or `test` for each row of `pairs`
-    "Hold out patient groups so that each class has about `test_fraction` of its pairs in the test set"
+    "Hold out patient groups so that each class has about `test_fraction` of its pairs in the test"
     groups, group_index = np.unique(patient_groups(pairs), return_inverse=True)
     n_groups = len(groups)
     if n_groups<2:
         patient = groups[0] if n_groups else 'none'
         raise ValueError(
-            f'cannot split: all {len(pairs)} pairs are of one patient, {patient}, or of one group, and neither may be in '
-            'both sets; fix: add images of other patients, or, to inpaint these images with the base models, without '
-            'fine-tuning: `make inpaint DATA=FOLDER`')
+            f'cannot split: all {len(pairs)} pairs are of one patient, {patient}, or of one group, '
+            'and neither may be in both sets; fix: add images of other patients. To inpaint these '
+            'images with the base models, without fine-tuning: `make inpaint DATA=FOLDER`')
     for p in set(pairs.pathology): region_of(p)                     # refuses unknown classes
 
     counts = _class_counts_by_group(pairs, group_index, n_groups)
-    group_types, type_index, n_per_type = np.unique(counts, axis=0, return_inverse=True, return_counts=True)
+    group_types, type_index, n_per_type = np.unique(
+        counts, axis=0, return_inverse=True, return_counts=True)
     type_index = type_index.ravel()
     rng = np.random.default_rng(seed)
     target = test_fraction*counts.sum(0)
@@ -107,7 +108,8 @@ def stratified_group_split(
     rank = np.empty(n_groups, int)
     rank[order] = np.arange(n_groups)-first_of_type
     is_test = rank<n_test_per_type[type_index]
-    return pd.Series(np.where(is_test[group_index], 'test', 'train'), index=pairs.index, name='split')
+    subset = np.where(is_test[group_index], 'test', 'train')
+    return pd.Series(subset, index=pairs.index, name='split')
 
 # %% ../../nbs/2_data/32_split.ipynb #a23e1e5a
 def _nearest_sum(sizes, target):
@@ -121,7 +123,7 @@ def split_deviations(
     pairs:pd.DataFrame, # As for `stratified_group_split`, with its result as column `split`
     test_fraction:float=.3, # As for `stratified_group_split`
 )->pd.DataFrame: # pathology, pairs, test, target, reason
-    "The classes whose test set deviates from its target by more than one pair and 2 %, and the reason"
+    "The classes whose test set misses its target by more than one pair and 2 %, and the reason"
     rows, groups = [], patient_groups(pairs)
     for pathology,of_class in pairs.groupby('pathology'):
         n = len(of_class)
@@ -178,7 +180,7 @@ def format_shares(
 
 def view_counts(
     pairs:pd.DataFrame, # Columns `pathology`, `view` and `split`
-)->pd.DataFrame: # Columns AP train, AP test, LAT train, LAT test; a row for each class, and the total
+)->pd.DataFrame: # AP train, AP test, LAT train, LAT test; a row for each class, and the total
     "Training and test pairs of each class by view"
     columns = [(view, subset) for view in VIEWS for subset in ('train', 'test')]
     counts = pd.crosstab(pairs.pathology, [pairs.view, pairs.split])
@@ -196,9 +198,12 @@ def small_classes(
     counts = counts.reindex(columns=['train', 'test'], fill_value=0)
     counts = counts[counts.train<fewer_than].reset_index().rename_axis(None, axis=1)
     rank = {name: i for i,name in enumerate([*PATHOLOGIES, *VIEWS])}
-    counts = counts.sort_values(['pathology', 'view'], key=lambda c: c.map(rank)).reset_index(drop=True)
+    counts = counts.sort_values(['pathology', 'view'], key=lambda c: c.map(rank))
+    counts = counts.reset_index(drop=True)
+    consequences = [
+        'no WGAN-GP; the other models generate it without training images in this view',
+        'no WGAN-GP, since there is no test image to compare with; the other models train on it']
+    default = ('a WGAN-GP sees only these few images; the other models train on all classes; '
+               'scores are imprecise')
     conditions = [counts.train==0, counts.test==0]
-    consequences = ['no WGAN-GP, and no images from one; the other models generate it without examples in this view',
-                    'no WGAN-GP, since no test image would be compared; the other models train on it']
-    default = 'a WGAN-GP repeats these few images; the other models train on all classes; scores are imprecise'
     return counts.assign(consequence=np.select(conditions, consequences, default))

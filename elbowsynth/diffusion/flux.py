@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['tiny_t5_tokenizer', 'tiny_flux', 'load_flux', 'pack_latents', 'unpack_latents', 'fill_condition', 'image_ids',
            'resolution_shift', 'sample_sigmas', 'interpolate_noise', 'encode_clip_pooled', 'encode_t5',
-           'predict_velocity', 'flux_spec', 'sample_flux', 'train_flux', 'tune_flux', 'main']
+           'predict_velocity', 'flux_spec', 'sample_flux', 'train_flux', 'main']
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #655f94a1
-import inspect, math
+import math
 import numpy as np, torch, torch.nn.functional as F
 from functools import partial
 from pathlib import Path
@@ -16,64 +16,76 @@ from ..data.classes import caption, PATHOLOGIES, VIEWS
 from elbowsynth.diffusion.base_models import (
     load_base_pipeline, prepare_pipeline, tiny_clip, tiny_clip_tokenizer, tiny_vae,
     use_random_weights)
-from .latents import InpaintDataset
-from .settings import resolve_config
-from .objective import Batch, ModelSpec, sampling_autocast_dtype
 from .distributed import init_distributed
+from .finetune import fine_tune, train_cli
+from .latents import InpaintDataset
+from .objective import Batch, ModelSpec, sampling_autocast_dtype
 from .sampling import inpaint_images
-from .finetune import fine_tune, resume_config, train_cli
+from .settings import (
+    delegates_config, FineTuneConfig, FLUX, make_config, resolve_config)
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #6df067f6
 def tiny_t5_tokenizer():
-    "T5's tokenizer with the words of the study's captions; other words fall into letters"
+    "T5's tokenizer with the words of the study's captions; other words are split into letters"
     from transformers import T5TokenizerFast
-    words = dict.fromkeys(w for v in VIEWS for p in PATHOLOGIES for w in caption(v, [p]).split())
+    captions = [caption(view, [pathology]) for view in VIEWS for pathology in PATHOLOGIES]
+    words = dict.fromkeys(word for text in captions for word in text.split())
     letters = ['▁', *map(chr, range(33, 127))]
-    pieces = [('<pad>', 0.), ('</s>', 0.), ('<unk>', 0.), *[(f'▁{w}', -2.) for w in words], *[(c, -10.) for c in letters]]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=64)
+    special_tokens = [('<pad>', 0.), ('</s>', 0.), ('<unk>', 0.)]
+    vocabulary = [*special_tokens, *[(f'▁{w}', -2.) for w in words], *[(c, -10.) for c in letters]]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=64)
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #b5265e5d
 def tiny_flux(
-    seed:int=0, # Of the weights
+    seed:int=0, # Seed of the weights
 ):
-    "A `FluxFillPipeline` of random weights, with the real channels and a transformer of under a million weights"
+    "A `FluxFillPipeline` with the real channels and under a million random weights"
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel, T5Config, T5EncoderModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        words, pieces = tiny_clip_tokenizer(), tiny_t5_tokenizer()
-        transformer = FluxTransformer2DModel(in_channels=384, out_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
-                                             joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
-        t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj='gated-gelu'))
-        steps = FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=True, base_shift=.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
-        vae = tiny_vae(16, scaling_factor=3., shift_factor=.1159, use_quant_conv=False, use_post_quant_conv=False)
-        return FluxFillPipeline(steps, vae, tiny_clip(CLIPTextModel, words), words, t5, pieces, transformer)
+        tokenizer, t5_tokenizer = tiny_clip_tokenizer(), tiny_t5_tokenizer()
+        transformer = FluxTransformer2DModel(
+            in_channels=384, out_channels=64, num_layers=1, num_single_layers=2,
+            attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
+            pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
+        t5 = T5EncoderModel(T5Config(
+            vocab_size=len(t5_tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
+            feed_forward_proj='gated-gelu'))
+        vae = tiny_vae(16, scaling_factor=3., shift_factor=.1159, use_quant_conv=False,
+                       use_post_quant_conv=False)
+        text_encoder = tiny_clip(CLIPTextModel, tokenizer)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3., use_dynamic_shifting=True, base_shift=.5, max_shift=1.15,
+        base_image_seq_len=256, max_image_seq_len=4096)
+    return FluxFillPipeline(scheduler, vae, text_encoder, tokenizer, t5, t5_tokenizer, transformer)
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #5c39d221
 def load_flux(
-    base_model:str='black-forest-labs/FLUX.1-Fill-dev', # A folder, a name on the hub (FLUX.1 [dev] Non-Commercial License), `tiny-flux`, or `tiny-flux-random`
-    dtype='bfloat16', # Of all nets but the autoencoder (Table 7); or part to type, with a `default`
-    device:torch.device='cpu', # Where to
-    lora:str='', # A folder with LoRA files that were trained on this base
+    base_model:str=FLUX.base_model, # Folder, hub name, `tiny-flux`, or `tiny-flux-random`
+    dtype:str|dict='bfloat16', # Data type of all but the VAE (Table 7); or component to data type
+    device:torch.device='cpu', # Target device
+    lora:str='', # Folder with a LoRA file that was trained on this base model
 ):
-    "The pipeline to start from, or one that was trained before"
+    "Load a pretrained or fine-tuned pipeline"
     from diffusers import FluxFillPipeline
-    pipe = prepare_pipeline(tiny_flux(), dtype, device) if use_random_weights(base_model, 'flux') else load_base_pipeline(FluxFillPipeline, base_model, dtype, device)
+    if use_random_weights(base_model, 'flux'): pipe = prepare_pipeline(tiny_flux(), dtype, device)
+    else: pipe = load_base_pipeline(FluxFillPipeline, base_model, dtype, device)
     if lora: pipe.load_lora_weights(lora)
     return pipe
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #4875f0f1
 def pack_latents(
     latents:torch.Tensor, # (n, c, h, w)
-)->torch.Tensor: # (n, h*w/4, 4c), rows of the grid one after another
-    "Cells of a 2 x 2 square as channels of a token"
+)->torch.Tensor: # (n, h*w/4, 4c), tokens in row-major order
+    "Pack 2 x 2 latent pixels into the channels of a token"
     return F.pixel_unshuffle(latents, 2).flatten(2).mT
 
 def unpack_latents(
     tokens:torch.Tensor, # (n, h*w/4, 4c)
-    h:int, # Rows of cells
+    h:int, # Height of the latents
 )->torch.Tensor: # (n, c, h, w)
-    "The inverse of `pack`"
+    "The inverse of `pack_latents`"
     return F.pixel_shuffle(tokens.mT.unflatten(2, (h//2, -1)), 2)
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #fc3e51a4
@@ -81,190 +93,174 @@ def fill_condition(
     masked_image_latents:torch.Tensor, # (n, 16, h, w), scaled
     mask:torch.Tensor, # (n, 1, 8h, 8w), zeros and ones
 )->torch.Tensor: # (n, h*w/4, 64+256)
-    "What a fill model is told: the surroundings, then the pixels of the hole"
-    return torch.cat([pack_latents(masked_image_latents), pack_latents(F.pixel_unshuffle(mask, mask.shape[-1]//masked_image_latents.shape[-1]))], -1)
+    "Condition of a fill model: packed latents of the masked image, then packed pixels of the mask"
+    factor = mask.shape[-1]//masked_image_latents.shape[-1]
+    mask_channels = F.pixel_unshuffle(mask, factor)
+    return torch.cat([pack_latents(masked_image_latents), pack_latents(mask_channels)], -1)
 
 def image_ids(
-    h:int, # Rows of cells
-    w:int, # Columns of cells
+    h:int, # Height of the latents
+    w:int, # Width of the latents
 )->torch.Tensor: # (h*w/4, 3): zero, row, column
-    "Where each token lies"
+    "Position of each token, for the rotary embedding"
     return torch.cartesian_prod(torch.arange(1), torch.arange(h//2), torch.arange(w//2)).float()
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #f2ab649e
 def resolution_shift(
-    n_tokens:int, # Of the film: 4096 at 1024 x 1024
+    n_tokens:int, # Image tokens: 4096 at 1024 x 1024
 )->float: # From 1.65 at 256 tokens to 3.16 at 4096
-    "How far FLUX's schedule leans towards noise when it draws"
-    return math.exp(.5+(1.15-.5)*(n_tokens-256)/(4096-256))
+    "Shift of FLUX's sampling schedule towards noise"
+    slope = (1.15-.5)/(4096-256)
+    return math.exp(.5+slope*(n_tokens-256))
 
 def sample_sigmas(
     n:int, # How many
     generator:torch.Generator=None, # On the CPU
-    uniform:bool=False, # Evenly, not logit-normal
-    shift:float=1., # More than one leans towards noise, as `shift_of` does
-)->torch.Tensor: # (n,) of the thousandths from .001 to 1
-    "Shares of noise"
-    t = (torch.rand(n, generator=generator) if uniform else torch.randn(n, generator=generator).sigmoid())*1000
-    return ((1000*shift*t/((shift-1)*t+1000)).int().clamp(max=999)+1)/1000
+    uniform:bool=False, # Uniform instead of logit-normal
+    shift:float=1., # Above 1: shifted towards noise, as by `resolution_shift`
+)->torch.Tensor: # (n,) in steps of .001, from .001 to 1
+    "Noise levels of training"
+    if uniform: u = torch.rand(n, generator=generator)
+    else: u = torch.randn(n, generator=generator).sigmoid()
+    t = u*1000
+    shifted = 1000*shift*t/((shift-1)*t+1000)
+    return (shifted.int().clamp(max=999)+1)/1000
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #df5705b6
 def interpolate_noise(
     latents:torch.Tensor, # (n, c, h, w)
     noise:torch.Tensor, # Like `latents`
-    sigmas:torch.Tensor, # (n,)
-)->tuple[torch.Tensor,torch.Tensor]: # What the transformer sees, and what it is to tell
-    "A point between film and noise, and the direction of the line"
-    s = sigmas[:, None, None, None]
-    return s*noise+(1-s)*latents, noise-latents
+    sigmas:torch.Tensor, # (n,) in [0, 1]
+)->tuple[torch.Tensor,torch.Tensor]: # Noisy latents and target, both like `latents`
+    "Mix latents and noise; the target is the velocity"
+    sigmas = sigmas[:, None, None, None]
+    noisy_latents = sigmas*noise+(1-sigmas)*latents
+    return noisy_latents, noise-latents
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #c0ef3a03
 def encode_clip_pooled(
     pipe, # A FLUX pipeline
-    captions:list[str], # What to read
-)->tuple: # (n, width)
-    "What CLIP makes of captions"
-    ids = pipe.tokenizer(captions, padding='max_length', max_length=pipe.tokenizer_max_length, truncation=True, return_tensors='pt').input_ids
-    return pipe.text_encoder(ids.to(next(pipe.text_encoder.parameters()).device)).pooler_output,
+    captions:list[str], # n prompts
+)->tuple: # One tensor, (n, width)
+    "Pooled CLIP embedding of captions"
+    tokens = pipe.tokenizer(captions, padding='max_length', max_length=pipe.tokenizer_max_length,
+                            truncation=True, return_tensors='pt')
+    device = next(pipe.text_encoder.parameters()).device
+    return (pipe.text_encoder(tokens.input_ids.to(device)).pooler_output,)
 
 def encode_t5(
-    max_sequence_length:int, # Tokens, or as many as the tokenizer has
     pipe, # A FLUX pipeline
-    captions:list[str], # What to read
-)->tuple: # (n, tokens, width)
-    "What T5 makes of captions"
+    captions:list[str], # n prompts
+    max_sequence_length:int=512, # T5 tokens; at most as many as its tokenizer allows
+)->tuple: # One tensor, (n, tokens, width)
+    "T5 embeddings of captions"
     length = min(max_sequence_length, pipe.tokenizer_2.model_max_length)
-    ids = pipe.tokenizer_2(captions, padding='max_length', max_length=length, truncation=True, return_tensors='pt').input_ids
-    return pipe.text_encoder_2(ids.to(next(pipe.text_encoder_2.parameters()).device))[0],
+    tokens = pipe.tokenizer_2(captions, padding='max_length', max_length=length, truncation=True,
+                              return_tensors='pt')
+    device = next(pipe.text_encoder_2.parameters()).device
+    return (pipe.text_encoder_2(tokens.input_ids.to(device))[0],)
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #c2bce917
 def predict_velocity(
     pipe, # A FLUX fill pipeline
-    batch:Batch, # Films, holes and noise
-    prompt_embeds:list, # As `read_texts` gives it
-    guidance_scale:float=30., # The guidance that the transformer is told
-    timestep_offset:float=0., # How much less noise it is told than there is
-    loss_weight_fn:str='constant', # Or `sigma`: as much as there is noise
-)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]: # What the transformer says, what it should say, and what each film counts
-    "The transformer's guess at the direction from film to noise"
-    net, (h, w), like = pipe.transformer, batch.latents.shape[-2:], next(pipe.transformer.parameters())
-    noisy, target = interpolate_noise(batch.latents, batch.noise, batch.times.to(batch.latents))
-    seen = torch.cat([pack_latents(noisy), fill_condition(batch.around, batch.hole.to(noisy))], -1)
-    told = torch.full_like(batch.times, guidance_scale) if net.config.guidance_embeds else None
-    said = net(hidden_states=seen.to(like.dtype), timestep=(batch.times-timestep_offset).to(like.dtype), guidance=told, pooled_projections=prompt_embeds[0][0].to(like.dtype),
-               encoder_hidden_states=prompt_embeds[1][0].to(like.dtype), txt_ids=torch.zeros(prompt_embeds[1][0].shape[1], 3).to(like), img_ids=image_ids(h, w).to(like)).sample
-    return unpack_latents(said, h), target, batch.times if loss_weight_fn=='sigma' else torch.ones_like(batch.times)
+    batch:Batch,
+    prompt_embeds:list, # As `encode_captions` returns them: (pooled CLIP,), (T5,)
+    guidance_scale:float=30., # Guidance input of the transformer
+    timestep_offset:float=0., # Subtracted from sigma in the timestep input
+    loss_weight_fn:str='constant', # Or `sigma`, a weight of sigma
+)->tuple: # Prediction and target, (n, 16, h, w); loss weights, (n,)
+    "Predict the velocity from latents to noise"
+    transformer, sigmas = pipe.transformer, batch.timesteps
+    param = next(transformer.parameters())
+    (pooled,), (t5_embeds,) = prompt_embeds
+    h, w = batch.latents.shape[-2:]
+
+    noisy_latents, target = interpolate_noise(batch.latents, batch.noise, sigmas.to(batch.latents))
+    condition = fill_condition(batch.masked_image_latents, batch.mask.to(noisy_latents))
+    model_input = torch.cat([pack_latents(noisy_latents), condition], -1)
+    guidance = None
+    if transformer.config.guidance_embeds: guidance = torch.full_like(sigmas, guidance_scale)
+    model_pred = transformer(
+        hidden_states=model_input.to(param.dtype),
+        timestep=(sigmas-timestep_offset).to(param.dtype),
+        guidance=guidance,
+        pooled_projections=pooled.to(param.dtype),
+        encoder_hidden_states=t5_embeds.to(param.dtype),
+        txt_ids=torch.zeros(t5_embeds.shape[1], 3).to(param),
+        img_ids=image_ids(h, w).to(param)).sample
+
+    loss_weights = sigmas if loss_weight_fn=='sigma' else torch.ones_like(sigmas)
+    return unpack_latents(model_pred, h), target, loss_weights
 
 def flux_spec(
-    max_sequence_length:int=512, # Tokens of T5, or as many as its tokenizer has
-    **predict_kwargs, # `guidance`, `lag` and `loss_weight` of `flux_says`
+    config:FineTuneConfig=FLUX,
 )->ModelSpec:
-    "FLUX, as the loop sees it"
-    return ModelSpec('transformer', {'text_encoder': encode_clip_pooled, 'text_encoder_2': partial(encode_t5, max_sequence_length)}, lambda g: sample_sigmas(1, g), [.1, .3, .5, .7, .9], partial(predict_velocity, **predict_kwargs))
+    "FLUX, as the training loop sees it"
+    encode_with_t5 = partial(encode_t5, max_sequence_length=config.max_sequence_length)
+    text_encoders = {'text_encoder': encode_clip_pooled, 'text_encoder_2': encode_with_t5}
+    predict = partial(predict_velocity, guidance_scale=config.guidance_scale,
+                      timestep_offset=config.timestep_offset, loss_weight_fn=config.loss_weight_fn)
+    return ModelSpec('transformer', text_encoders, partial(sample_sigmas, 1),
+                     [.1, .3, .5, .7, .9], predict, timestep_name='sigma')
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #e1ac3113
 def sample_flux(
     pipe, # A FLUX fill pipeline
     images:np.ndarray, # (n, size, size) uint8
-    masks:np.ndarray, # (n, size, size) uint8, 255 where the film may change
-    captions:list[str], # What to draw
-    seed_keys:list[str]=None, # Whose random numbers to take; counted if None
-    num_inference_steps:int=50, # Of the sampler
-    guidance_scale:float=30., # The guidance that the transformer is told
-    max_sequence_length:int=512, # Tokens of T5, or as many as its tokenizer has
-    batch_size:int=4, # Films at a time
-    seed:int=0, # Of the noise
-    max_minutes:float=0, # Minutes that it may take
-    **inpaint_kwargs, # `keep`, `crew` and `mixed` of `draw_films`: a folder to go on from after a kill, other processes, products in another type
-)->np.ndarray: # (n, size, size) uint8: whole films as the pipeline gives them
-    "Draw into films what captions say; see `composite` for keeping what lies around the holes"
-    side = 2*pipe.vae_scale_factor
-    if images.shape[-1]%side: raise ValueError(
-        f'films of side {images.shape[-1]} do not divide into the {side} x {side} pixels of a token: choose a `size` of which {side} is a factor')
-    return inpaint_images(pipe, images, masks, captions, seed_keys or [str(i) for i in range(len(images))], batch_size, seed, max_minutes, num_inference_steps=num_inference_steps,
-                      guidance_scale=guidance_scale, strength=1., max_sequence_length=min(max_sequence_length, pipe.tokenizer_2.model_max_length), **inpaint_kwargs)
+    masks:np.ndarray, # (n, size, size) uint8, 255 inside the mask
+    captions:list[str], # n prompts
+    seed_keys:list[str]=None, # Names that seed the random generators; None for '0', '1', ...
+    num_inference_steps:int=50, # Sampling steps
+    guidance_scale:float=30., # Guidance input of the transformer
+    max_sequence_length:int=512, # T5 tokens; at most as many as its tokenizer allows
+    batch_size:int=4, # Images per batch
+    seed:int=0, # Seed
+    max_minutes:float=0, # Time limit, minutes; 0 for none
+    **inpaint_kwargs, # `out_dir`, `distributed` and `autocast_dtype` of `inpaint_images`
+)->np.ndarray: # (n, size, size) uint8: output of the pipeline, not composited
+    "Inpaint what the captions say; `composite` restores the original outside the masks"
+    size, token_size = images.shape[-1], 2*pipe.vae_scale_factor
+    if size%token_size: raise ValueError(f'image size {size} is not a multiple of {token_size}')
+    seed_keys = seed_keys or [str(i) for i in range(len(images))]
+    max_sequence_length = min(max_sequence_length, pipe.tokenizer_2.model_max_length)
+    return inpaint_images(
+        pipe, images, masks, captions, seed_keys, batch_size, seed, max_minutes,
+        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, strength=1.,
+        max_sequence_length=max_sequence_length, **inpaint_kwargs)
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #7a438c46
+@delegates_config(FLUX)
 def train_flux(
-    train:InpaintDataset, # To learn from
-    test:InpaintDataset, # To draw into at each checkpoint
-    out:Path, # Its folder: `samples`, `raw`, `model`, `checkpoint.safetensors`, `log.jsonl`, `validation.jsonl`
-    recipe:str='corrected', # Or onetrainer-2025: see `RECIPES`
-    base_model:str='black-forest-labs/FLUX.1-Fill-dev', # Where to start from: a folder, a name on the hub (FLUX.1 [dev] Non-Commercial License), or tiny-flux
-    epochs:int=200, # Passes over the training pairs (Table 7)
-    checkpoint_every:int=20, # Passes between two checkpoints
-    boost_epochs:int=20, # Further passes at the boosted rate (Section 3.4)
-    batch_size:int=4, # Films in a batch, over all processes (Table 7)
-    lr:float=1e-5, # Of the transformer (Table 7)
-    boost_lr:float=1e-4, # Of the transformer in the boosted passes (Section 3.4)
-    text_encoder_lr:float=3e-6, # Of text encoders, boosted or not (Table 7)
-    lr_scheduler:str='constant', # Of learning rates (Table 7); or linear, cosine, down to zero
-    lr_warmup_steps:int=0, # Steps in which rates rise from zero; 0 for what the recipe has
-    max_grad_norm:float=0., # Longest gradient; 0 for what the recipe has
-    optimizer:str='adafactor', # Table 7; or adamw
-    scale_parameter:bool=False, # Steps in proportion to a weight's size (Table 7)
-    relative_step:bool=False, # Steps that Adafactor chooses by itself (Table 7)
-    warmup_init:bool=False, # Warm-up of relative steps (Table 7)
-    decay_rate:float=-.8, # Of Adafactor's memory (Table 7)
-    fused_back_pass:bool=False, # Update each weight as soon as its gradient is known, and free that (Table 7)
-    train_denoiser:bool=True, # Whether the transformer learns (Table 7)
-    denoiser_epochs:int=200, # Passes after which the transformer stops to learn, if fewer than `epochs` (Table 7)
-    text_encoder:str='trained', # The first text encoder: trained (Table 7), frozen, or frozen and offloaded to the CPU once captions are read
-    text_encoder_2:str='trained', # T5, likewise
-    text_encoder_epochs:int=200, # Passes after which text encoders stop to learn, if fewer than `epochs` (Table 7)
-    lora_rank:int=0, # Train adapters of this rank in place of all weights; 0 for all weights
-    ema_decay:float=0., # What a running mean of weights keeps in a step; 0 for none (Table 7)
-    unmasked_probability:float=.1, # Share of samples that are masked wholly (Table 7)
-    unmasked_weight:float=.4, # What the loss counts outside of the hole (Table 7)
-    normalize_masked_area_loss:bool=False, # Divide the loss by its mean weight (Table 7)
-    loss_weight_fn:str='constant', # What films count by their noise (Table 7); or sigma
-    snr_gamma:float=5., # Of a loss weight that this model does not have (Table 7)
-    loss_scaler:str='none', # Table 7; or batch, to multiply the loss by it
-    weight_dtype:str='bfloat16', # Of weights, and of all below that is not given (Table 7)
-    prior_dtype:str='', # Of the transformer (Table 7: as `dtype`)
-    text_encoder_dtype:str='', # Of text encoders (Table 7: as `dtype`)
-    vae_dtype:str='float32', # Of the autoencoder (Table 7)
-    train_dtype:str='', # Of products in training (Table 7: as `dtype`)
-    output_dtype:str='', # Of the saved model (Table 7: as `dtype`)
-    stochastic_rounding:bool=True, # How bfloat16 weights are stored (Table 7)
-    flip_probability:float=0., # Share of films that are mirrored; 0 for what the recipe has
-    max_translation_px:int=0, # Pixels by which films are pushed about
-    max_sequence_length:int=0, # Tokens of T5, in training and drawing; 0 for what the recipe has
-    gradient_checkpointing:bool=True, # Compute activations twice, to hold fewer of them
-    cache_latents:bool=True, # Keep latents on the disk
-    fsdp:bool=False, # Share weights out over processes (FSDP2)
-    n_validation:int=32, # Test pairs that are looked at for the error in the hole; 0 for none
-    num_inference_steps:int=50, # Of the sampler
-    guidance_scale:float=0., # Told to the transformer in training and drawing; 0 for what the recipe has
-    sample_batch_size:int=4, # Films drawn at a time
-    seed:int=0, # Of the order of films, the noise, and the samples
-    device:str='auto', # Where to train
-    max_minutes:float=0, # Minutes that it may take
-):
-    "Fine-tune FLUX, going on where an earlier call with the same films and settings stopped"
-    given = dict(locals())
-    return tune_flux(*(given.pop(k) for k in ('train', 'test', 'out')), given)
-
-# %% ../../nbs/4_diffusion/50_flux.ipynb #11164391
-def tune_flux(
-    train:InpaintDataset, # As in `train_flux`
-    test:InpaintDataset,
-    out:Path,
-    arguments:dict, # Its other arguments
+    train:InpaintDataset, # Training pairs
+    test:InpaintDataset, # Pairs to inpaint at each checkpoint
+    out:Path, # Output folder; files as in the notebook "Fine-tuning"
+    config:FineTuneConfig=FLUX, # Options, changed by further arguments
+    **kwargs, # Fields of `FineTuneConfig`
 )->Path: # `out`
-    "What is FLUX's own in a training: its parts and their types"
-    crew, paper = init_distributed(arguments['device']), {p.name: p.default for p in inspect.signature(train_flux).parameters.values()}
-    o = resolve_config(arguments, paper, crew.world)
-    types = {'vae': o['vae_dtype'], 'transformer': o['prior_dtype'], 'default': o['text_dtype']}
-    def draw(pipe, keep, crew):
-        return sample_flux(pipe, *test[1:], test.names, o['steps'], o['guidance'], o['t5_length'], o['sample_batch'], o['seed'], o['limit'], keep=keep, crew=crew, mixed=sampling_autocast_dtype(o))
-    return fine_tune(lambda device: load_flux(o['base'], types, device), flux_spec(o['t5_length'], guidance=o['guidance'], lag=o['lag'], loss_weight=o['loss_weight']), draw,
-                     train, test, out, o, crew, resume_config(arguments))
+    "Fine-tune FLUX; the same call resumes after an interruption"
+    config = make_config(config, **kwargs)
+    if config.model!='flux': raise ValueError(f'train_flux: got a configuration of {config.model}')
+    distributed = init_distributed(config.device)
+    config = resolve_config(config, distributed.world_size)
+    dtypes = {'vae': config.vae_dtype, 'transformer': config.prior_dtype,
+              'default': config.text_encoder_dtype}
+
+    def load_pipeline(device): return load_flux(config.base_model, dtypes, device)
+
+    def sample_test(pipe, out_dir, distributed):
+        return sample_flux(
+            pipe, test.images, test.masks, test.captions, test.names,
+            config.num_inference_steps, config.guidance_scale, config.max_sequence_length,
+            config.sample_batch_size, config.seed, config.max_minutes, out_dir=out_dir,
+            distributed=distributed, autocast_dtype=sampling_autocast_dtype(config))
+
+    return fine_tune(load_pipeline, flux_spec(config), sample_test, train, test, out, config,
+                     distributed)
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #4232a870
 def main():
     "The command `python -m elbowsynth.diffusion.flux`"
-    train_cli(train_flux, 'elbowsynth.diffusion.flux')
+    train_cli(train_flux, FLUX)
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #a62eb357
 if __name__=='__main__' and '__file__' in globals(): main()

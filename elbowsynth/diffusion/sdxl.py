@@ -25,7 +25,7 @@ from .settings import (
 def tiny_sdxl(
     seed:int=0, # Seed of the weights
 ):
-    "A `StableDiffusionXLInpaintPipeline` with random weights: real channels, under a million weights"
+    "A `StableDiffusionXLInpaintPipeline` with the real channels and under a million random weights"
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
     with torch.random.fork_rng(devices=[]):
@@ -109,7 +109,7 @@ def predict_noise(
     loss_weight_fn:str='constant', # Or `min-snr`
     snr_gamma:float=5., # Of min-SNR
     soft_mask:bool=False, # Condition on the loss mask instead of the binary mask
-)->tuple[torch.Tensor,torch.Tensor,torch.Tensor]: # Prediction and target, (n, 4, h, w); weights (n,)
+)->tuple: # Prediction and target, (n, 4, h, w); loss weights, (n,)
     "Predict the noise in noised latents, or the velocity"
     from diffusers import DDPMScheduler
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -121,9 +121,8 @@ def predict_noise(
     mask = batch.latent_mask if soft_mask else batch.mask
     model_input = unet_input(noisy_latents, mask, batch.masked_image_latents)
     encoder_hidden_states = torch.cat([hidden_1, hidden_2], -1)
-    height, width = batch.mask.shape[-2:]
-    original_size, crop_top_left, target_size = [height, width], [0, 0], [height, width]
-    time_ids = torch.tensor([original_size+crop_top_left+target_size]*len(timesteps),
+    size, crop_top_left = list(batch.mask.shape[-2:]), [0, 0]
+    time_ids = torch.tensor([size+crop_top_left+size]*len(timesteps),   # original size, target size
                             device=batch.latents.device, dtype=pooled.dtype)
     model_pred = pipe.unet(
         model_input.to(weight_dtype), timesteps,
@@ -141,9 +140,10 @@ def sdxl_spec(
     config:FineTuneConfig=SDXL,
 )->ModelSpec:
     "SDXL, as the training loop sees it"
-    text_encoders = {k: partial(encode_clip, component=k) for k in ('text_encoder', 'text_encoder_2')}
-    predict = partial(predict_noise, loss_weight_fn=config.loss_weight_fn, snr_gamma=config.snr_gamma,
-                      soft_mask=config.soft_mask)
+    text_encoders = {k: partial(encode_clip, component=k)
+                     for k in ('text_encoder', 'text_encoder_2')}
+    predict = partial(predict_noise, loss_weight_fn=config.loss_weight_fn,
+                      snr_gamma=config.snr_gamma, soft_mask=config.soft_mask)
     return ModelSpec('unet', text_encoders, sample_timesteps, [100, 300, 500, 700, 900], predict)
 
 # %% ../../nbs/4_diffusion/49_sdxl.ipynb #49521397
@@ -183,15 +183,16 @@ def train_sdxl(
     if config.model!='sdxl': raise ValueError(f'train_sdxl: got a configuration of {config.model}')
     distributed = init_distributed(config.device)
     config = resolve_config(config, distributed.world_size)
-    dtypes = {'vae': config.vae_dtype, 'unet': config.prior_dtype, 'default': config.text_encoder_dtype}
+    dtypes = {'vae': config.vae_dtype, 'unet': config.prior_dtype,
+              'default': config.text_encoder_dtype}
 
     def load_pipeline(device): return load_sdxl(config.base_model, dtypes, device)
 
     def sample_test(pipe, out_dir, distributed):
         return sample_sdxl(
             pipe, test.images, test.masks, test.captions, test.names,
-            config.num_inference_steps, config.guidance_scale, config.sample_batch_size, config.seed,
-            config.max_minutes, out_dir=out_dir, distributed=distributed,
+            config.num_inference_steps, config.guidance_scale, config.sample_batch_size,
+            config.seed, config.max_minutes, out_dir=out_dir, distributed=distributed,
             autocast_dtype=sampling_autocast_dtype(config))
 
     return fine_tune(load_pipeline, sdxl_spec(config), sample_test, train, test, out, config,

@@ -15,9 +15,16 @@ from functools import partial
 from fastcore.docments import docments
 from fastcore.meta import delegates
 
+# %% ../../nbs/4_diffusion/44_settings.ipynb #44c0de21
+class _ShowChanges:
+    "Representation with the fields that differ from their defaults"
+    def __repr__(self):
+        changed = [f.name for f in fields(self) if getattr(self, f.name)!=f.default]
+        return f'{type(self).__name__}({", ".join(f"{k}={getattr(self, k)!r}" for k in changed)})'
+
 # %% ../../nbs/4_diffusion/44_settings.ipynb #44c0de03
-@dataclass(frozen=True)
-class FineTuneConfig:
+@dataclass(frozen=True, repr=False)
+class FineTuneConfig(_ShowChanges):
     "Settings of a fine-tuning; the defaults are those of SDXL in Table 7"
     # Model
     model:str='sdxl' # Model family, `sdxl` or `flux`; set by `SDXL` and `FLUX`

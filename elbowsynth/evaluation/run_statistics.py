@@ -70,8 +70,7 @@ def _task_tests(scores, min_images, test_kwargs):
     epochs = {model: t.epoch.iloc[0] for model,t in by_model.items()}
     regions = [SCORE_COLUMNS[column][1] for column in tests.metric]
     metrics = [SCORE_COLUMNS[column][0] for column in tests.metric]
-    tests = tests.rename(columns={
-        'a': 'model_a', 'b': 'model_b', 'n': 'n_pairs', 'n_clusters': 'n_patients'})
+    tests = tests.rename(columns={'n': 'n_pairs', 'n_clusters': 'n_patients'})
     return tests.assign(
         metric=metrics, region=regions,
         epoch_a=tests.model_a.map(epochs), epoch_b=tests.model_b.map(epochs))

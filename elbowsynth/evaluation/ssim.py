@@ -13,204 +13,288 @@ from ..core import parallel_map
 from .extractors import as_image_batch
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #697c2a96
-WINDOWS = {'gauss': np.exp(-(np.arange(11)-5)**2/(2*1.5**2))/np.exp(-(np.arange(11)-5)**2/(2*1.5**2)).sum(), 'flat': np.full(7, 1/7)}
+def _gaussian_window(size=11, sigma=1.5):
+    "Weights of a Gaussian window along one side, with sum one."
+    weights = np.exp(-(np.arange(size)-size//2)**2/(2*sigma**2))
+    return weights/weights.sum()
+
+WINDOWS = {'gauss': _gaussian_window(), 'flat': np.full(7, 1/7)}
 C1, C2 = .01**2, .03**2
 
 SSIM_CONVENTIONS = {
-    'piq': {'window': 'gauss', 'pool': True, 'reflect': False, 'sample': False,
-            'source': "piq 0.8.0, `ssim` as it comes: average pooling by max(1, round(min(h, w)/256)) first; Gaussian window of 11, sigma 1.5, inside the film"},
-    'piq_full': {'window': 'gauss', 'pool': False, 'reflect': False, 'sample': False, 'source': 'piq 0.8.0, `ssim(downsample=False)`: the same at full resolution'},
-    'wang': {'window': 'gauss', 'pool': False, 'reflect': False, 'sample': False,
-             'source': 'Wang et al. (2004), Section III, as scikit-image 0.26 gives it with gaussian_weights=True, sigma=1.5, use_sample_covariance=False: equal to piq_full'},
-    'torchmetrics': {'window': 'gauss', 'pool': False, 'reflect': True, 'sample': False,
-                     'source': "torchmetrics 1.9.0, `structural_similarity_index_measure(data_range=1.)`: Wang's window, also around the pixels of the rim, beyond which the film is mirrored"},
-    'skimage': {'window': 'flat', 'pool': False, 'reflect': False, 'sample': True,
-                'source': 'scikit-image 0.26, `structural_similarity(data_range=1)` as it comes: equal weights in squares of 7, variances by n-1'}}
+    'piq': {
+        'window': 'gauss', 'pool': True, 'reflect': False, 'sample': False,
+        'source': 'piq 0.8.0, `ssim` as it comes: average pooling by '
+                  'max(1, round(min(h, w)/256)) first; Gaussian window of 11, sigma 1.5, '
+                  'inside the image'},
+    'piq_full': {
+        'window': 'gauss', 'pool': False, 'reflect': False, 'sample': False,
+        'source': 'piq 0.8.0, `ssim(downsample=False)`: the same at full resolution'},
+    'wang': {
+        'window': 'gauss', 'pool': False, 'reflect': False, 'sample': False,
+        'source': 'Wang et al. (2004), Section III, as scikit-image 0.26 gives it with '
+                  'gaussian_weights=True, sigma=1.5, use_sample_covariance=False: '
+                  'equal to piq_full'},
+    'torchmetrics': {
+        'window': 'gauss', 'pool': False, 'reflect': True, 'sample': False,
+        'source': 'torchmetrics 1.9.0, `structural_similarity_index_measure(data_range=1.)`: '
+                  "Wang's window, also around the pixels of the rim, beyond which the image is "
+                  'mirrored'},
+    'skimage': {
+        'window': 'flat', 'pool': False, 'reflect': False, 'sample': True,
+        'source': 'scikit-image 0.26, `structural_similarity(data_range=1)` as it comes: '
+                  'equal weights in squares of 7, variances by n-1'}}
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #2457c2cc
 def filter2d(
-    images, # A plane (h, w), numpy, or a stack (n, h, w), torch
-    window:np.ndarray, # Weights of the window along a side, an odd number of them
-    reflect:bool=False, # Also around the pixels of the rim, beyond which the film is mirrored
-): # Like `z`, smaller by the window unless `reflect`
-    "Weighted mean around each pixel"
+    images, # An image (h, w), numpy, or a stack (n, h, w), torch
+    window:np.ndarray, # Weights along one side, an odd number
+    reflect:bool=False, # Mirror the image at its border; else windows stay inside
+): # Same type; smaller by the window unless `reflect`
+    "Weighted mean around each pixel."
     r = len(window)//2
     if isinstance(images, np.ndarray):
-        images = cv2.sepFilter2D(images, -1, window, window, borderType=cv2.BORDER_REFLECT_101)
-        return images if reflect else images[r:-r, r:-r]
+        filtered = cv2.sepFilter2D(images, -1, window, window, borderType=cv2.BORDER_REFLECT_101)
+        return filtered if reflect else filtered[r:-r, r:-r]
     if reflect: images = F.pad(images[:, None], [r]*4, mode='reflect')[:, 0]
-    images = sum(v*images[:, i:images.shape[1]-2*r+i] for i,v in enumerate(window.tolist()))
-    return sum(v*images[:, :, i:images.shape[2]-2*r+i] for i,v in enumerate(window.tolist()))
+    h,w = images.shape[1]-2*r, images.shape[2]-2*r
+    weights = window.tolist()
+    images = sum(v*images[:, i:i+h] for i,v in enumerate(weights))
+    return sum(v*images[:, :, i:i+w] for i,v in enumerate(weights))
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #4d9caa33
 def ssim_maps(
-    x, # A plane or a stack, as in `window_means`, in [0, 1]
+    x, # An image or a stack, as in `filter2d`, in [0, 1]
     y, # Its partner
     window:str='gauss', # A key of `WINDOWS`
-    reflect:bool=False, # As in `window_means`
+    reflect:bool=False, # As in `filter2d`
     sample_covariance:bool=False, # Divide variances by n-1 instead of n
 )->tuple: # l·cs and cs at each window
-    "SSIM and its contrast-structure part (Wang et al., 2004, Eq. 13)"
-    w = WINDOWS[window]
-    n = len(w)**2
-    mx,my,xy,both = (filter2d(z, w, reflect) for z in (x, y, x*y, x*x+y*y))
-    c, mxy, msq = n/(n-1) if sample_covariance else 1., mx*my, mx*mx+my*my
-    cs = (2*c*(xy-mxy)+C2)/(c*(both-msq)+C2)
-    return (2*mxy+C1)/(msq+C1)*cs, cs
+    "SSIM and its contrast-structure part (Wang et al., 2004, Eq. 13)."
+    weights = WINDOWS[window]
+    n = len(weights)**2
+    correction = n/(n-1) if sample_covariance else 1.
+    mean_x, mean_y = filter2d(x, weights, reflect), filter2d(y, weights, reflect)
+    mean_product = filter2d(x*y, weights, reflect)
+    mean_squares = filter2d(x*x+y*y, weights, reflect)
+    product_of_means = mean_x*mean_y
+    squares_of_means = mean_x*mean_x+mean_y*mean_y
+    covariance = correction*(mean_product-product_of_means)
+    variances = correction*(mean_squares-squares_of_means)
+    cs = (2*covariance+C2)/(variances+C2)
+    luminance = (2*product_of_means+C1)/(squares_of_means+C1)
+    return luminance*cs, cs
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #8cf32344
 def check_image_pairs(
-    x, # Real films
-    y, # Synthetic films
-    min_size:int, # Least side
+    x, # Real images
+    y, # Synthetic images
+    min_size:int, # Minimum side in pixels
     mask=None, # (n, h, w), weights in [0, 1]
 )->list[torch.Tensor]: # Two or, with a mask, three stacks (n, h, w) of one type
-    "Stacks of films that can be compared pair by pair"
+    "Convert two stacks to tensors that can be compared pair by pair."
     x,y = as_image_batch(x, 'x'), as_image_batch(y, 'y')
-    if x.shape!=y.shape: raise ValueError(f'x holds {len(x)} films of {x.shape[1]}x{x.shape[2]} pixels, y holds {len(y)} of {y.shape[1]}x{y.shape[2]}')
-    if min(x.shape[1:])<min_size: raise ValueError(f'films of {x.shape[1]}x{x.shape[2]} pixels are too small: the windows want at least {min_size} a side')
-    kind = torch.promote_types(x.dtype, y.dtype)
-    if mask is None: return [x.to(kind), y.to(kind)]
-    m = as_image_batch(torch.as_tensor(mask).to(kind), 'mask')
-    if m.shape!=x.shape: raise ValueError(f'mask is {tuple(m.shape)}, the films are {tuple(x.shape)}')
-    return [x.to(kind), y.to(kind), m]
+    size = 'x'.join(map(str, x.shape[1:]))
+    if x.shape!=y.shape:
+        raise ValueError(
+            f'x has {len(x)} images of {size} pixels, '
+            f'y has {len(y)} of {"x".join(map(str, y.shape[1:]))}; expected pairs')
+    if min(x.shape[1:])<min_size:
+        raise ValueError(
+            f'images of {size} pixels are too small for the windows; expected at least '
+            f'{min_size} a side')
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    stacks = [x.to(dtype), y.to(dtype)]
+    if mask is None: return stacks
+    mask = as_image_batch(torch.as_tensor(mask).to(dtype), 'mask')
+    if mask.shape!=x.shape:
+        raise ValueError(f'mask has the shape {tuple(mask.shape)}, the images {tuple(x.shape)}')
+    return [*stacks, mask]
 
+# %% ../../nbs/5_evaluation/61_ssim.ipynb #e399e9a4
 def get_convention(
-    conventions:dict, # `SSIM_CONVENTIONS` or one of its kind
+    conventions:dict, # `SSIM_CONVENTIONS`, `MS_SSIM_CONVENTIONS` or `MMD_CONVENTIONS`
     name:str, # A key of it
-)->dict: # What the name stands for
-    "A convention by its name"
-    if name not in conventions: raise ValueError(f'unknown convention {name!r}: one of {", ".join(conventions)}')
+)->dict: # The choices of the convention
+    "A convention by its name."
+    if name not in conventions:
+        raise ValueError(f'unknown convention {name!r}; expected {", ".join(conventions)}')
     return conventions[name]
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #3787764f
 def avg_pool(
-    images, # A plane or a stack
-    factor:int, # Pixels to a side of each square; what is left over at the end is dropped
-): # Like `z`, `f` times smaller
-    "Means over squares"
+    images, # An image or a stack
+    factor:int, # Side of the squares in pixels; a remainder at the end is dropped
+): # Same type, smaller by the factor
+    "Means over squares."
     if factor==1: return images
     h,w = images.shape[-2]//factor, images.shape[-1]//factor
-    return cv2.resize(images[:h*factor, :w*factor], (w, h), interpolation=cv2.INTER_AREA) if isinstance(images, np.ndarray) else F.avg_pool2d(images[:, None], factor)[:, 0]
+    if not isinstance(images, np.ndarray): return F.avg_pool2d(images[:, None], factor)[:, 0]
+    return cv2.resize(images[:h*factor, :w*factor], (w, h), interpolation=cv2.INTER_AREA)
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #4ff7b961
 def masked_mean(
-    values, # A map of one value for each window
-    weights=None, # Weights for all pixels or for the windows; all windows alike if None
-): # One value for each plane; NaN where all weights are zero
-    "Mean of a map, weighted by a mask"
+    values, # A map with one value for each window, or a stack
+    weights=None, # Weights of all pixels or of all windows; equal weights if None
+): # One value for each map; NaN where all weights are zero
+    "Mean of a map, weighted by a mask."
     if weights is None: return values.mean((-2, -1))
     r = (weights.shape[-1]-values.shape[-1])//2
-    weights = weights[..., r:-r, r:-r] if r else weights
-    with np.errstate(invalid='ignore', divide='ignore'): return (values*weights).sum((-2, -1))/weights.sum((-2, -1))
+    if r: weights = weights[..., r:-r, r:-r]
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return (values*weights).sum((-2, -1))/weights.sum((-2, -1))
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #6395cb10
 def map_pairs(
-    fn, # Takes planes or stacks, gives an array of numbers, the last axis for what it measures
+    fn, # Function of one image from each stack (numpy) or of batches (torch) that returns an array
     stacks:list[torch.Tensor], # Each (n, h, w)
-    device:str='cpu', # Where to compute
-    batch_size:int=16, # Pairs at once, elsewhere than on a CPU
+    device:str='cpu', # Torch device
+    batch_size:int=16, # Pairs in a batch, on devices other than a CPU
 )->np.ndarray: # (n, ...)
-    "`f` of every pair: film by film on all cores of a CPU, in stacks elsewhere"
+    "Apply a function to every pair: image by image on all cores of a CPU, in batches elsewhere."
     n = len(stacks[0])
     if device=='cpu':
-        planes = [o.cpu().numpy() for o in stacks]
-        return np.stack(list(parallel_map(lambda i: fn(*(o[i] for o in planes)), range(n), 1 if n==1 else 0)))
-    return np.concatenate([fn(*(o[i:i+batch_size].to(device) for o in stacks)).cpu().numpy() for i in range(0, n, batch_size)])
+        arrays = [o.cpu().numpy() for o in stacks]
+        def one_pair(i): return fn(*(o[i] for o in arrays))
+        return np.stack(list(parallel_map(one_pair, range(n), 1 if n==1 else 0)))
+    results = []
+    for i in range(0, n, batch_size):
+        batch = [o[i:i+batch_size].to(device) for o in stacks]
+        results.append(fn(*batch).cpu().numpy())
+    return np.concatenate(results)
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #86af0cd0
+def _pool_factor(images): # (n, h, w)
+    "Factor of piq's downsampling, which brings the shorter side near 256 pixels."
+    return max(1, round(min(images.shape[1:])/256))
+
 def ssim(
-    x, # Real films, (n, h, w) in [0, 1]
-    y, # Synthetic films, a partner for each
-    mask=None, # (n, h, w), 1 where it counts; the whole film if None
+    x, # Real images, (n, h, w) in [0, 1]
+    y, # Synthetic images, a partner for each
+    mask=None, # (n, h, w), 1 where it counts; the full image if None
     convention:str='piq', # A key of `SSIM_CONVENTIONS`
-    device:str='cpu', # Where to compute
-)->np.ndarray: # One value for each pair
-    "Structural similarity of each pair, in the whole film or weighted by a mask over the window centres"
-    o = get_convention(SSIM_CONVENTIONS, convention)
-    stacks = check_image_pairs(x, y, len(WINDOWS[o['window']]), mask)
-    f = max(1, round(min(stacks[0].shape[1:])/256)) if o['pool'] else 1
-    def one(*planes):
-        x,y,*m = (avg_pool(z, f) for z in planes)
-        return masked_mean(ssim_maps(x, y, o['window'], o['reflect'], o['sample'])[0], *m)
-    s = map_pairs(one, stacks, device)
-    if np.isnan(s).any(): raise ValueError(f'mask {np.isnan(s).argmax()} is empty where windows fit')
-    return s
+    device:str='cpu', # Torch device
+)->np.ndarray: # (n,)
+    "Structural similarity of each pair, in the full image or inside a mask."
+    options = get_convention(SSIM_CONVENTIONS, convention)
+    stacks = check_image_pairs(x, y, len(WINDOWS[options['window']]), mask)
+    factor = _pool_factor(stacks[0]) if options['pool'] else 1
+    def ssim_of_pair(*images):
+        x,y,*mask = (avg_pool(o, factor) for o in images)
+        values, _ = ssim_maps(x, y, options['window'], options['reflect'], options['sample'])
+        return masked_mean(values, *mask)
+    scores = map_pairs(ssim_of_pair, stacks, device)
+    if np.isnan(scores).any():
+        raise ValueError(f'mask {np.isnan(scores).argmax()} contains no SSIM window')
+    return scores
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #c14e13d3
 MS_WEIGHTS = [.0448, .2856, .3001, .2363, .1333]
 MS_SSIM_CONVENTIONS = {
-    'piq': {'pad': True, 'reflect': False, 'smallest': 161,
-            'source': 'piq 0.8.0, `multi_scale_ssim`: Wang, Simoncelli and Bovik (2003), windows inside the film, odd sides made even by repeating the first row and column; a negative factor counts as zero'},
-    'torchmetrics': {'pad': False, 'reflect': True, 'smallest': 176,
-                     'source': 'torchmetrics 1.9.0, `multiscale_structural_similarity_index_measure(data_range=1.)`: odd sides lose their last row and column, the last scale is mirrored at its rim; '
-                               'a negative factor counts as zero'}}
+    'piq': {
+        'pad': True, 'reflect': False, 'smallest': 161,
+        'source': 'piq 0.8.0, `multi_scale_ssim`: Wang, Simoncelli and Bovik (2003), windows '
+                  'inside the image, odd sides made even by repeating the first row and column; '
+                  'a negative factor counts as zero'},
+    'torchmetrics': {
+        'pad': False, 'reflect': True, 'smallest': 176,
+        'source': 'torchmetrics 1.9.0, '
+                  '`multiscale_structural_similarity_index_measure(data_range=1.)`: odd sides '
+                  'lose their last row and column, the last scale is mirrored at its rim; '
+                  'a negative factor counts as zero'}}
 
 def downsample2x(
-    images, # A plane or a stack
-    pad:bool=True, # Make odd sides even by repeating the first row and column; else the last are dropped
-): # Like `z`, half as large
-    "The next scale"
-    if pad and (images.shape[-2]%2 or images.shape[-1]%2):
-        images = cv2.copyMakeBorder(images, 1, 0, 1, 0, cv2.BORDER_REPLICATE) if isinstance(images, np.ndarray) else F.pad(images[:, None], [1, 0, 1, 0], mode='replicate')[:, 0]
-    return avg_pool(images, 2)
+    images, # An image or a stack
+    pad:bool=True, # Pad odd sides by repeating the first row and column; else drop the last ones
+): # Same type, half the size
+    "The next coarser scale."
+    odd = images.shape[-2]%2 or images.shape[-1]%2
+    if not (pad and odd): return avg_pool(images, 2)
+    if isinstance(images, np.ndarray):
+        padded = cv2.copyMakeBorder(images, 1, 0, 1, 0, cv2.BORDER_REPLICATE)
+    else: padded = F.pad(images[:, None], [1, 0, 1, 0], mode='replicate')[:, 0]
+    return avg_pool(padded, 2)
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #23bebb90
 def scale_statistics(
-    x, # A plane or a stack
+    x, # An image or a stack
     y, # Its partner
     masks:list, # Weights, each like `x`
-    convention:dict, # Of `MS_SSIM_CONVENTIONS`
-): # (..., 1 + masks, 6): means of l·cs at the first scale, of cs at four, of l·cs at the last; in the whole film and in each mask
-    "All that MS-SSIM, and SSIM at full resolution, are made of"
-    out, planes = [], [x, y, *masks]
-    for i in range(5):
-        if i: planes = [downsample2x(z, convention['pad']) for z in planes]
-        s,cs = ssim_maps(*planes[:2], reflect=convention['reflect'] and i==4)
-        for z in ([s, cs] if i==0 else [s] if i==4 else [cs]): out.append([masked_mean(z, m) for m in (None, *planes[2:])])
-    stack = (lambda v: np.stack(v, -1)) if isinstance(x, np.ndarray) else (lambda v: torch.stack(v, -1))
-    return stack([stack(v) for v in out])
+    convention:dict, # An entry of `MS_SSIM_CONVENTIONS`
+): # (..., 1 + masks, 6): means in the full image and in each mask, see below
+    "All factors of MS-SSIM, and SSIM at full resolution."
+    means = []
+    images = [x, y, *masks]
+    for scale in range(5):
+        if scale: images = [downsample2x(o, convention['pad']) for o in images]
+        x,y,*masks = images
+        reflect = convention['reflect'] and scale==4
+        ssim_map, cs_map = ssim_maps(x, y, reflect=reflect)
+        if scale==0: maps = [ssim_map, cs_map]
+        else: maps = [ssim_map if scale==4 else cs_map]
+        for values in maps: means.append([masked_mean(values, m) for m in (None, *masks)])
+    stack = np.stack if isinstance(x, np.ndarray) else torch.stack
+    return stack([stack(o, -1) for o in means], -1)
 
+# %% ../../nbs/5_evaluation/61_ssim.ipynb #f9a2be8e
 def combine_scales(
-    factors, # (..., 5): cs at four scales, l·cs at the last
-): # (...)
-    "MS-SSIM from its factors; a negative one counts as zero"
+    factors:np.ndarray, # (..., 5): cs at four scales, l·cs at the last
+)->np.ndarray: # (...)
+    "MS-SSIM from its factors; a negative one counts as zero."
     return (np.maximum(factors, 0)**np.array(MS_WEIGHTS)).prod(-1)
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #3375fb2d
 def ms_ssim(
-    x, # Real films, (n, h, w) in [0, 1], 161 pixels a side or more
-    y, # Synthetic films, a partner for each
-    mask=None, # (n, h, w), 1 where it counts; the whole film if None
+    x, # Real images, (n, h, w) in [0, 1], at least 161 pixels a side
+    y, # Synthetic images, a partner for each
+    mask=None, # (n, h, w), 1 where it counts; the full image if None
     convention:str='piq', # A key of `MS_SSIM_CONVENTIONS`
-    device:str='cpu', # Where to compute
-)->np.ndarray: # One value for each pair
-    "Structural similarity of each pair over five scales"
-    o = get_convention(MS_SSIM_CONVENTIONS, convention)
-    stacks = check_image_pairs(x, y, o['smallest'], mask)
-    s = combine_scales(map_pairs(lambda x,y,*m: scale_statistics(x, y, m, o)[..., -1, 1:], stacks, device))
-    if np.isnan(s).any(): raise ValueError(f'mask {np.isnan(s).argmax()} is empty where windows of the coarsest scale fit, 80 pixels from the rim')
-    return s
+    device:str='cpu', # Torch device
+)->np.ndarray: # (n,)
+    "Structural similarity of each pair over five scales."
+    options = get_convention(MS_SSIM_CONVENTIONS, convention)
+    stacks = check_image_pairs(x, y, options['smallest'], mask)
+    def factors_of_pair(x, y, *masks):
+        statistics = scale_statistics(x, y, masks, options)
+        return statistics[..., -1, 1:]                              # of the mask, if there is one
+    scores = combine_scales(map_pairs(factors_of_pair, stacks, device))
+    if np.isnan(scores).any():
+        raise ValueError(
+            f'mask {np.isnan(scores).argmax()} contains no window of the coarsest scale, '
+            'which stays 80 pixels from the border')
+    return scores
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #cd74d2d1
+def _all_scores(x, y, masks, factor):
+    "ssim, then mae and `scale_statistics` in the full image and in each mask, in one vector."
+    statistics = scale_statistics(x, y, masks, MS_SSIM_CONVENTIONS['piq'])
+    pooled = masked_mean(ssim_maps(avg_pool(x, factor), avg_pool(y, factor))[0])
+    difference = abs(x-y)
+    errors = [masked_mean(difference, m) for m in (None, *masks)]
+    if isinstance(x, np.ndarray): return np.concatenate([[pooled], errors, statistics.ravel()])
+    return torch.cat([pooled[:, None], torch.stack(errors, -1), statistics.flatten(1)], 1)
+
 def pair_scores(
-    x, # Real films, (n, h, w) in [0, 1]
-    y, # Synthetic films, a partner for each
+    x, # Real images, (n, h, w) in [0, 1]
+    y, # Synthetic images, a partner for each
     masks:dict=None, # Name to (n, h, w), 1 where it counts
-    device:str='cpu', # Where to compute
-)->pd.DataFrame: # ssim (`piq`), ssim_full (`piq_full`), ms_ssim (`piq`), error; the last three also as NAME_MASK, NaN where a mask holds no window
-    "Every score of each pair"
-    o, masks = MS_SSIM_CONVENTIONS['piq'], masks or {}
-    stacks = check_image_pairs(x, y, o['smallest'])
-    weights = [check_image_pairs(x, y, 11, m)[2].to(stacks[0].dtype) for m in masks.values()]
-    f = max(1, round(min(stacks[0].shape[1:])/256))
-    def one(x, y, *m):
-        means, off = scale_statistics(x, y, m, o), abs(x-y)
-        first = masked_mean(ssim_maps(avg_pool(x, f), avg_pool(y, f))[0])
-        error = [masked_mean(off, v) for v in (None, *m)]
-        if isinstance(x, np.ndarray): return np.concatenate([[first], error, means.ravel()])
-        return torch.cat([first[:, None], torch.stack(error, -1), means.flatten(1)], 1)
-    v, k = map_pairs(one, [*stacks, *weights], device), 1+len(masks)
-    means = v[:, 1+k:].reshape(len(v), k, 6)
-    parts = {'ssim_full': means[..., 0], 'ms_ssim': combine_scales(means[..., 1:]), 'error': v[:, 1:1+k]}
-    return pd.DataFrame({'ssim': v[:, 0]} | {f'{n}_{m}' if m else n: o[:, i] for i,m in enumerate(('', *masks)) for n,o in parts.items()})
+    device:str='cpu', # Torch device
+)->pd.DataFrame: # ssim (piq), ssim_full, ms_ssim, mae; the last three also as NAME_MASK
+    "Every score of each pair; NaN where a mask contains no window."
+    masks = masks or {}
+    stacks = check_image_pairs(x, y, MS_SSIM_CONVENTIONS['piq']['smallest'])
+    dtype = stacks[0].dtype
+    weights = [check_image_pairs(x, y, 11, m)[2].to(dtype) for m in masks.values()]
+    factor = _pool_factor(stacks[0])
+    def scores_of_pair(x, y, *masks): return _all_scores(x, y, masks, factor)
+    values = map_pairs(scores_of_pair, [*stacks, *weights], device)
+    n_regions = 1+len(masks)
+    errors = values[:, 1:1+n_regions]
+    statistics = values[:, 1+n_regions:].reshape(len(values), n_regions, 6)
+    scores = {'ssim': values[:, 0]}
+    for i,region in enumerate(('', *masks)):
+        suffix = f'_{region}' if region else ''
+        scores[f'ssim_full{suffix}'] = statistics[:, i, 0]
+        scores[f'ms_ssim{suffix}'] = combine_scales(statistics[:, i, 1:])
+        scores[f'mae{suffix}'] = errors[:, i]
+    return pd.DataFrame(scores)

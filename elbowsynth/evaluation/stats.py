@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['group_codes', 'as_score_matrix', 'cluster_mean', 'resample_children', 'expanded_percentiles', 'cluster_bootstrap',
-           'gaussian_kernel', 'cubic_kernel', 'median_distance', 'make_kernel', 'between_group_kernel_sums',
-           'group_names', 'stack_sets', 'mmd_jackknife', 'cluster_subsampling', 'permutation_test',
-           'paired_permutation_test', 'clustered_wilcoxon', 'paired_test', 'holm_correction',
+           'between_group_kernel_sums', 'group_names', 'stack_sets', 'mmd_jackknife', 'cluster_subsampling',
+           'permutation_test', 'paired_permutation_test', 'clustered_wilcoxon', 'paired_test', 'holm_correction',
            'insufficient_data_reason', 'paired_tests', 'trend_test', 'set_trend', 'tost']
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #50834ce6
@@ -15,165 +14,170 @@ from scipy.stats import kendalltau, norm, rankdata, t as student
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #0b4beb6a
 def group_codes(
-    groups, # (n,) names, or None: each row by itself
-    n_rows:int, # Rows that there are
-    min_groups:int=2, # Groups that there must be
-)->np.ndarray: # (n,) numbers from 0 on
-    "Groups as numbers"
-    groups = np.asarray(range(n_rows) if groups is None else groups, object)     # as they are: numpy would make text of a missing name
-    if groups.shape!=(n_rows,): raise ValueError(f'groups are {groups.shape}, but there are {n_rows} rows: one name for each')
-    if (bad := np.flatnonzero(pd.isna(groups))).size: raise ValueError(f'row {bad[0]} has no group: give each row the name of its patient')
-    at = pd.factorize(groups, sort=True)[0]
-    if at.max(initial=-1)+1<min_groups: raise ValueError(f'{at.max(initial=-1)+1} independent groups: an interval wants {min_groups} or more')
-    return at
+    groups, # (n,) names, or None: each row is a group
+    n_rows:int, # Number of rows
+    min_groups:int=2, # Minimum number of groups
+)->np.ndarray: # (n,) integers from 0
+    "Encode group names as integers."
+    if groups is None: groups = range(n_rows)
+    groups = np.asarray(groups, object)                             # keeps missing names
+    if groups.shape!=(n_rows,):
+        raise ValueError(
+            f'groups have the shape {groups.shape}; expected ({n_rows},), one name for each row')
+    missing = np.flatnonzero(pd.isna(groups))
+    if missing.size:
+        raise ValueError(f'row {missing[0]} has no group; expected the name of its patient')
+    codes = pd.factorize(groups, sort=True)[0]
+    n_groups = codes.max(initial=-1)+1
+    if n_groups<min_groups:
+        raise ValueError(f'too few independent groups ({n_groups}); expected at least {min_groups}')
+    return codes
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #2202f9f1
 def as_score_matrix(
     values, # (n,) or (n, k), finite
 )->np.ndarray: # (n, k), float64
-    "Scores as a table, or an error that names the bad row"
-    v = np.asarray(values, float)
-    v = v[:, None] if v.ndim==1 else v
-    if v.ndim!=2 or not len(v): raise ValueError(f'values want (n,) or (n, k) with n > 0, not {np.shape(values)}')
-    if (bad := np.flatnonzero(~np.isfinite(v).all(1))).size: raise ValueError(f'value {bad[0]} is not finite: leave out what has no score, and say how many')
-    return v
+    "Convert scores to a matrix, or raise an error that names the wrong row."
+    matrix = np.asarray(values, float)
+    if matrix.ndim==1: matrix = matrix[:, None]
+    if matrix.ndim!=2 or not len(matrix):
+        raise ValueError(
+            f'values have the shape {np.shape(values)}; expected (n,) or (n, k) with n > 0')
+    wrong = np.flatnonzero(~np.isfinite(matrix).all(1))
+    if wrong.size:
+        raise ValueError(
+            f'value {wrong[0]} is not finite; fix: leave out rows without a score, and report '
+            'how many')
+    return matrix
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #333ee9bb
 def cluster_mean(
     values, # (n,)
     groups=None, # (n,) names
-)->dict: # mean, se, df and design effect
-    "Mean of all rows with a standard error that counts groups"
+)->dict: # mean, se, df and design_effect
+    "Mean of all rows with a standard error that treats groups as independent."
     v = as_score_matrix(values)[:, 0]
-    at = group_codes(groups, len(v))
-    s, n = np.bincount(at, v), np.bincount(at)
-    c, mean = len(n), v.mean()
-    se = np.sqrt(c/(c-1)*((s-mean*n)**2).sum())/len(v)
-    alone = v.std(ddof=1)/np.sqrt(len(v))
-    return {'mean': mean, 'se': se, 'df': c-1, 'design': (se/alone)**2 if alone else 1.}
+    codes = group_codes(groups, len(v))
+    sums, sizes = np.bincount(codes, v), np.bincount(codes)
+    n_groups = len(sizes)
+    mean = v.mean()
+    sum_of_squares = ((sums-mean*sizes)**2).sum()
+    se = np.sqrt(n_groups/(n_groups-1)*sum_of_squares)/len(v)
+    se_independent = v.std(ddof=1)/np.sqrt(len(v))
+    design_effect = (se/se_independent)**2 if se_independent else 1.
+    return {'mean': mean, 'se': se, 'df': n_groups-1, 'design_effect': design_effect}
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #a7f84f59
 def resample_children(
-    n_children:np.ndarray, # (p,) children of each parent; a parent's children are numbered in one stretch
-    parents:np.ndarray, # Parents, some of them often
-    rng, # numpy's Generator
+    n_children:np.ndarray, # (p,) number of children of each parent; children are numbered by parent
+    parents:np.ndarray, # Parents, possibly repeated
+    rng:np.random.Generator,
 )->np.ndarray: # Children
-    "Of each picked parent as many children as it has, drawn with replacement"
-    p = np.repeat(parents, n_children[parents])
-    return (np.cumsum(n_children)-n_children)[p] + (rng.random(len(p))*n_children[p]).astype(int)
+    "For each parent, draw as many of its children as it has, with replacement."
+    repeated = np.repeat(parents, n_children[parents])
+    first_child = np.cumsum(n_children)-n_children
+    offset = (rng.random(len(repeated))*n_children[repeated]).astype(int)
+    return first_child[repeated]+offset
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #fb35460b
 def expanded_percentiles(
     resamples:np.ndarray, # Bootstrap values
-    n_clusters:int, # Groups that were drawn
-    level:float, # For instance .95
-)->np.ndarray: # Low and high
-    "Percentile interval for few groups (Hesterberg, 2015)"
-    if not .5<=level<1: raise ValueError(f'level is {level}: a share of at least .5 and below 1, such as .95')
-    z = student.ppf((1-level)/2, n_clusters-1)*np.sqrt(n_clusters/(n_clusters-1))
+    n_clusters:int, # Number of groups that were resampled
+    level:float, # Confidence level, such as .95
+)->np.ndarray: # Lower and upper limit
+    "Percentile interval for few groups (Hesterberg, 2015)."
+    if not .5<=level<1: raise ValueError(f'level is {level}; expected at least .5 and below 1')
+    t_quantile = student.ppf((1-level)/2, n_clusters-1)
+    z = t_quantile*np.sqrt(n_clusters/(n_clusters-1))
     return np.quantile(resamples, norm.cdf([z, -z]))
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #275c1c84
+def _resampled_means(v, codes, n_resamples, rng):
+    "Means of bootstrap samples of groups, (n_resamples, k)."
+    n_groups = codes.max()+1
+    columns = [*v.T, np.ones(len(v))]                               # the last one counts rows
+    sums = np.stack([np.bincount(codes, column) for column in columns], 1)
+    times_drawn = rng.multinomial(n_groups, np.full(n_groups, 1/n_groups), n_resamples)
+    totals = times_drawn@sums
+    return totals[:, :-1]/totals[:, -1:]
+
+def _nested_means(v, patients, images, n_resamples, rng):
+    "Means of bootstrap samples of patients, of their images and of their pairs, from sorted rows."
+    n_patients = patients.max()+1
+    changes = (np.diff(patients)!=0)|(np.diff(images)!=0)
+    first_rows = np.flatnonzero(np.r_[True, changes])               # of each image
+    n_pairs = np.diff(np.r_[first_rows, len(v)])
+    n_images = np.bincount(patients[first_rows])
+    means = []
+    for _ in range(n_resamples):
+        drawn_patients = rng.integers(n_patients, size=n_patients)
+        drawn_images = resample_children(n_images, drawn_patients, rng)
+        drawn_rows = resample_children(n_pairs, drawn_images, rng)
+        means.append(v[drawn_rows].mean(0))
+    return np.stack(means)
+
 def cluster_bootstrap(
-    values, # (n,) or (n, k): a score, or k scores, of each pair
-    patients=None, # (n,) names; each row by itself if None
-    images=None, # (n,) names; patients where there are none, and otherwise for `deep` only
-    statistic=None, # From the k means, (..., k), to numbers (...), say a ratio; the mean itself if None
-    nested:bool=False, # Draw films within patients and pairs within films, too
-    level:float=.95, # That the interval is to cover
+    values, # (n,) or (n, k): one or k scores of each pair
+    patients=None, # (n,) names; images, or else rows, are independent if None
+    images=None, # (n,) names; only needed for `nested` if there are patients
+    statistic=None, # Function of the k means, (..., k), to (...), such as a ratio; the mean if None
+    nested:bool=False, # Resample images within patients and pairs within images, too
+    level:float=.95, # Confidence level
     n_resamples:int=2000, # Bootstrap samples
-    seed:int=0, # Seeds them
-)->dict: # estimate, low, high, se, n, clusters
-    "Interval for the mean of scores, or for what can be computed from means, drawing patients"
-    v, rng = as_score_matrix(values), np.random.default_rng(seed)
-    at, of = group_codes(images if patients is None else patients, len(v)), group_codes(images, len(v), 1)
-    c, statistic = at.max()+1, statistic or (lambda m: m[..., 0])
+    seed:int=0, # Seed of the resampling
+)->dict: # estimate, ci_low, ci_high, se, n, n_clusters
+    "Confidence interval for a mean, or for a function of means, by resampling patients."
+    v = as_score_matrix(values)
+    rng = np.random.default_rng(seed)
+    if patients is None: patients = images
+    patient_codes = group_codes(patients, len(v))
+    image_codes = group_codes(images, len(v), 1)
+    n_clusters = int(patient_codes.max()+1)
+    if statistic is None:
+        def statistic(means): return means[..., 0]
     if nested:
-        order = np.lexsort((of, at))
-        v, at, of = v[order], at[order], of[order]
-        new = np.flatnonzero(np.r_[True, (np.diff(at)!=0)|(np.diff(of)!=0)])
-        pairs, owned = np.diff(np.r_[new, len(v)]), np.bincount(at[new])
-        means = np.stack([v[resample_children(pairs, resample_children(owned, rng.integers(c, size=c), rng), rng)].mean(0) for _ in range(n_resamples)])
-    else:
-        sums = np.stack([np.bincount(at, o) for o in [*v.T, np.ones(len(v))]], 1)
-        means = rng.multinomial(c, np.full(c, 1/c), n_resamples)@sums
-        means = means[:, :-1]/means[:, -1:]
-    low, high = expanded_percentiles(drawn := statistic(means), c, level)
-    return {'estimate': float(statistic(v.mean(0))), 'low': float(low), 'high': float(high), 'se': float(drawn.std(ddof=1)), 'n': len(v), 'clusters': int(c)}
-
-# %% ../../nbs/5_evaluation/64_stats.ipynb #0a5cc4aa
-def gaussian_kernel(
-    sigma:float, # Bandwidth
-    normalize:bool=False, # Whether vectors are first brought to length one
-):                   # From (a, d) and (b, d) to (a, b)
-    "$e^{-\\|a-b\\|^2/2\\sigma^2}-1$; the one taken away changes no MMD and saves digits where all distances are small"
-    if not sigma>0: raise ValueError(f'sigma is {sigma}: a bandwidth is positive')
-    def k(a, b):
-        if normalize: a,b = (torch.nn.functional.normalize(o, dim=1) for o in (a, b))
-        shift = b.mean(0)
-        a,b = a-shift, b-shift
-        d = torch.addmm((b*b).sum(1)[None], a, b.T, alpha=-2).add_((a*a).sum(1)[:, None]).clamp_(min=0)
-        return d.mul_(-1/(2*sigma**2)).expm1_()
-    return k
-
-def cubic_kernel(a, b):
-    "$(a\\cdot b/d+1)^3$, whose unbiased MMD² is the kernel inception distance (Bińkowski et al., 2018)"
-    return (a@b.T/a.shape[1]+1)**3
-
-# %% ../../nbs/5_evaluation/64_stats.ipynb #282df198
-def median_distance(
-    vectors:np.ndarray, # (n, d)
-    max_vectors:int=4000, # Vectors to look at, evenly spaced
-)->float:
-    "The median distance between two different vectors"
-    vectors = vectors[np.linspace(0, len(vectors)-1, min(len(vectors), max_vectors)).round().astype(int)].astype(float)
-    vectors = vectors-vectors.mean(0)
-    d = (vectors**2).sum(1)[:, None]+(vectors**2).sum(1)-2*vectors@vectors.T
-    d = d[d>1e-9*d.max(initial=1e-300)]
-    if not len(d): raise ValueError('all vectors are the same: there is no median distance')
-    return float(np.sqrt(np.median(d)))
-
-def make_kernel(
-    convention:dict, # An entry of `metrics.MMD_CONVENTIONS`
-    fx:np.ndarray, # Features of the real films, (m, d)
-    fy:np.ndarray, # Features of the synthetic films
-):                 # As `gaussian_kernel` gives it
-    "The kernel of a convention, its bandwidth fitted where the convention wants that"
-    if convention['kernel']=='cubic': return cubic_kernel
-    if convention['sigma']=='mean':
-        z = np.concatenate((fx, fy)).astype(float)
-        s = 2*z.var(0, ddof=1).sum()                                   # the mean squared distance of any two
-        five = [gaussian_kernel(np.sqrt(s*2**i/8)) for i in range(5)]
-        return lambda a,b: sum(k(a, b) for k in five)
-    return gaussian_kernel({None: lambda: median_distance(fx), 'dims': lambda: np.sqrt(fx.shape[1]/2)}.get(convention['sigma'], lambda: convention['sigma'])(), convention['unit'])
+        order = np.lexsort((image_codes, patient_codes))
+        v = v[order]
+        patient_codes, image_codes = patient_codes[order], image_codes[order]
+        means = _nested_means(v, patient_codes, image_codes, n_resamples, rng)
+    else: means = _resampled_means(v, patient_codes, n_resamples, rng)
+    resamples = statistic(means)
+    low, high = expanded_percentiles(resamples, n_clusters, level)
+    return {
+        'estimate': float(statistic(v.mean(0))), 'ci_low': float(low), 'ci_high': float(high),
+        'se': float(resamples.std(ddof=1)), 'n': len(v), 'n_clusters': n_clusters}
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #d68e56e5
 def between_group_kernel_sums(
     vectors:torch.Tensor, # (n, d)
-    groups:torch.Tensor, # (n,) numbers
+    groups:torch.Tensor, # (n,) integers
     weights:torch.Tensor, # (n, w)
-    kernel, # As `gaussian_kernel` gives it; symmetric
-    block_size:int=2048, # Vectors at once
+    kernel, # Symmetric function of two blocks of vectors, such as `gaussian_kernel(1.)`
+    block_size:int=2048, # Vectors per block
 )->torch.Tensor: # (n, w), float64
-    "Weighted sums of each vector's kernel with all vectors of other groups"
-    out = torch.zeros(weights.shape, dtype=torch.float64, device=vectors.device)
-    spans = [slice(i, i+block_size) for i in range(0, len(vectors), block_size)]
-    for n,i in enumerate(spans):
-        for j in spans[n:]:
-            k = kernel(vectors[i], vectors[j]).masked_fill_(groups[i, None]==groups[None, j], 0)
-            out[i] += k@weights[j]
-            if i!=j: out[j] += k.T@weights[i]
-    return out
+    "Weighted sums of each vector's kernel with all vectors of other groups."
+    sums = torch.zeros(weights.shape, dtype=torch.float64, device=vectors.device)
+    blocks = [slice(i, i+block_size) for i in range(0, len(vectors), block_size)]
+    for n,i in enumerate(blocks):
+        for j in blocks[n:]:
+            same_group = groups[i, None]==groups[None, j]
+            values = kernel(vectors[i], vectors[j]).masked_fill_(same_group, 0)
+            sums[i] += values@weights[j]
+            if i!=j: sums[j] += values.T@weights[i]
+    return sums
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #67bfd60f
 def group_names(
-    groups, # (n,) names, or None
-    n_rows:int, # Rows
-    set_name:str, # The set
+    groups, # (n,) names, or None: each row is a group
+    n_rows:int, # Number of rows
+    set_name:str, # Name of the set, for unique names and error messages
 )->np.ndarray: # (n,) names
-    "Names; where there are none, names that occur nowhere else"
-    names = np.array([f'{set_name} {i} alone' for i in range(n_rows)] if groups is None else groups, object)
-    if group_codes(names, n_rows, 1).max(initial=0)<1: raise ValueError(f'set {set_name} has fewer than two independent groups: a distance between sets wants two of each')
+    "Names of groups; unique ones if there are none."
+    if groups is None: groups = [f'{set_name} {i} alone' for i in range(n_rows)]
+    names = np.array(groups, object)
+    if group_codes(names, n_rows, 1).max(initial=0)<1:
+        raise ValueError(
+            f'set {set_name} has fewer than two independent groups; expected two in each set')
     return names
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #cf7b53d3
@@ -182,200 +186,301 @@ def stack_sets(
     fy, # (n, d)
     groups_x=None, # (m,) names
     groups_y=None, # (n,) names; a name that is in both sets is one patient
-    device='cpu', # Where to compute
-)->tuple[torch.Tensor,np.ndarray,int]: # (m+n, d) in the more precise of their two types, (m+n,) numbers of groups, m
-    "Two sets of feature vectors as one, or an error that says what is wrong with them"
-    fx,fy = (torch.as_tensor(np.asarray(f)) for f in (fx, fy))
-    if fx.ndim!=2 or fy.ndim!=2 or fx.shape[1]!=fy.shape[1]: raise ValueError(f'features want (m, d) and (n, d), not {tuple(fx.shape)} and {tuple(fy.shape)}')
+    device='cpu', # Torch device
+)->tuple[torch.Tensor,np.ndarray,int]: # (m+n, d), (m+n,) integers of groups, m
+    "Concatenate two sets of feature vectors, or raise an error that says what is wrong with them."
+    fx, fy = torch.as_tensor(np.asarray(fx)), torch.as_tensor(np.asarray(fy))
+    if fx.ndim!=2 or fy.ndim!=2 or fx.shape[1]!=fy.shape[1]:
+        raise ValueError(
+            'feature sets: expected (m, d) and (n, d), '
+            f'got {tuple(fx.shape)} and {tuple(fy.shape)}')
     for name,f in ('fx', fx), ('fy', fy):
-        if (bad := torch.nonzero(~torch.isfinite(f).all(1))).numel(): raise ValueError(f'vector {int(bad[0, 0])} of {name} is not finite')
-    groups_x,groups_y = group_names(groups_x, len(fx), 'x'), group_names(groups_y, len(fy), 'y')
-    z = torch.cat([fx, fy]).to(device)
-    return z if z.is_floating_point() else z.double(), group_codes(np.r_[groups_x, groups_y], len(z)), len(fx)
+        wrong = torch.nonzero(~torch.isfinite(f).all(1))
+        if wrong.numel(): raise ValueError(f'vector {int(wrong[0, 0])} of {name} is not finite')
+    names = [group_names(groups_x, len(fx), 'x'), group_names(groups_y, len(fy), 'y')]
+    vectors = torch.cat([fx, fy]).to(device)                        # in the more precise type
+    if not vectors.is_floating_point(): vectors = vectors.double()
+    return vectors, group_codes(np.concatenate(names), len(vectors)), len(fx)
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #5843a8a6
+def _leave_one_out_mmd2(sums, codes, m):
+    "MMD² of all patients, then without each of them, from sums with x (column 0) and y (column 1)."
+    n_groups = codes.max()+1
+    x, y = slice(0, m), slice(m, None)
+    def per_patient(rows, values=None):
+        totals = np.bincount(codes[rows], values, n_groups)
+        return np.r_[0, totals]                                     # the first leaves out nobody
+    m_c, n_c = per_patient(x), per_patient(y)
+    xx, yy = per_patient(x, sums[x, 0]), per_patient(y, sums[y, 1])
+    xy = per_patient(x, sums[x, 1])+per_patient(y, sums[y, 0])
+    m_left, n_left = m_c.sum()-m_c, n_c.sum()-n_c
+    alpha = m_left**2-(m_c**2).sum()+m_c**2
+    beta = n_left**2-(n_c**2).sum()+n_c**2
+    gamma = m_left*n_left-(m_c*n_c).sum()+m_c*n_c
+    if not (alpha*beta*gamma).all():
+        raise ValueError('a jackknife needs at least three patients per set')
+    within_x = (xx.sum()-2*xx)/alpha
+    within_y = (yy.sum()-2*yy)/beta
+    between = (xy.sum()-2*xy)/gamma
+    return within_x+within_y-between
+
 def mmd_jackknife(
-    fx, # Features of the real films, (m, d)
-    fy, # Features of the synthetic films, (n, d)
-    kernel, # As `gaussian_kernel` gives it, or `cubic_kernel`
-    groups_x=None, # (m,) patients; each film by itself if None
-    groups_y=None, # (n,) patients; those of inpainted films are named as the real ones
-    level:float=.95, # That the interval is to cover
-    block_size:int=2048, # Vectors at once
-    device='cpu', # Where to compute
-)->dict: # estimate, low, high, se, clusters
-    "Unbiased MMD² over patients, with the interval of the jackknife that leaves out one patient at a time"
-    z,g,m = stack_sets(fx, fy, groups_x, groups_y, device)
-    side = torch.zeros(len(z), 2, dtype=z.dtype, device=device)
-    side[:m, 0] = side[m:, 1] = 1
-    s = between_group_kernel_sums(z, torch.as_tensor(g, device=device), side, kernel, block_size).cpu().numpy()
-    per = lambda rows, col: np.bincount(g[rows], s[rows, col], g.max()+1)
-    x,y = slice(0, m), slice(m, None)
-    a,b = (np.bincount(g[o], minlength=g.max()+1) for o in (x, y))
-    xx,yy,xy,a,b = (np.r_[0, o] for o in (per(x, 0), per(y, 1), per(x, 1)+per(y, 0), a, b))      # the first leaves out nobody
-    ma,nb = a.sum()-a, b.sum()-b
-    alpha,beta,gamma = ma**2-(a**2).sum()+a**2, nb**2-(b**2).sum()+b**2, ma*nb-(a*b).sum()+a*b
-    if not (alpha*beta*gamma).all(): raise ValueError('a set has fewer than three patients: nobody can be left out')
-    left = (xx.sum()-2*xx)/alpha + (yy.sum()-2*yy)/beta - (xy.sum()-2*xy)/gamma
-    total, left, c = left[0], left[1:], len(a)-1
-    se = np.sqrt((c-1)/c*((left-total)**2).sum())
-    reach = student.ppf((1+level)/2, c-1)*se
-    return {'estimate': float(total), 'low': float(total-reach), 'high': float(total+reach), 'se': float(se), 'clusters': c}
+    fx, # Features of the real images, (m, d)
+    fy, # Features of the synthetic images, (n, d)
+    kernel, # `gaussian_kernel(...)`, `make_kernel(...)` or `cubic_kernel`
+    groups_x=None, # (m,) patients; each image is independent if None
+    groups_y=None, # (n,) patients; those of inpainted images as in `groups_x`
+    level:float=.95, # Confidence level
+    block_size:int=2048, # Vectors per block
+    device='cpu', # Torch device
+)->dict: # estimate, ci_low, ci_high, se, n_clusters
+    "Unbiased MMD² over patients, with a jackknife interval that leaves out one patient at a time."
+    vectors,codes,m = stack_sets(fx, fy, groups_x, groups_y, device)
+    membership = torch.zeros(len(vectors), 2, dtype=vectors.dtype, device=device)
+    membership[:m, 0] = 1
+    membership[m:, 1] = 1
+    groups = torch.as_tensor(codes, device=device)
+    sums = between_group_kernel_sums(vectors, groups, membership, kernel, block_size)
+    values = _leave_one_out_mmd2(sums.cpu().numpy(), codes, m)
+    estimate, without_one = values[0], values[1:]
+    n = len(without_one)
+    se = np.sqrt((n-1)/n*((without_one-estimate)**2).sum())
+    margin = student.ppf((1+level)/2, n-1)*se
+    return {
+        'estimate': float(estimate), 'ci_low': float(estimate-margin),
+        'ci_high': float(estimate+margin), 'se': float(se), 'n_clusters': n}
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #1ef7580f
+def _subsample(membership, fraction, rng):
+    "Mark a fraction of the patients, separately of those in x, in y and in both."
+    kept = np.zeros(len(membership), bool)
+    for kind in np.unique(membership):
+        patients = np.flatnonzero(membership==kind)
+        n_kept = max(1, round(fraction*len(patients)))
+        kept[rng.permutation(patients)[:n_kept]] = True
+    return kept
+
 def cluster_subsampling(
-    statistic, # From (m, d) and (n, d) to a number or k numbers; from (m, d) alone if there is no `fy`
+    statistic, # Function of (m, d) and (n, d), or of (m, d) alone, to one or k numbers
     fx, # (m, d)
     fy=None, # (n, d)
     groups_x=None, # (m,) patients
     groups_y=None, # (n,) patients
-    fraction:float=.8, # Of the patients that a subsample holds
-    level:float=.95, # That the interval is to cover
+    fraction:float=.8, # Fraction of the patients in a subsample
+    level:float=.95, # Confidence level
     n_resamples:int=200, # Subsamples
-    seed:int=0, # Seeds them
-)->dict: # estimate, low, high, se, each with the statistic's shape; clusters
-    "Interval for any statistic of one or two sets, from random shares of the patients without replacement"
-    if not 0<fraction<1: raise ValueError(f'share is {fraction}: it lies between 0 and 1')
-    fx, rng = np.asarray(fx), np.random.default_rng(seed)
-    fy, groups_y = (fx[:0], fx[:0, 0]) if fy is None else (np.asarray(fy), groups_y)
-    alone, m = len(fy)==0, len(fx)
-    g = group_codes(np.r_[group_names(groups_x, m, 'x'), [] if alone else group_names(groups_y, len(fy), 'y')], m+len(fy))
-    both = np.bincount(g[:m], minlength=g.max()+1).astype(bool)+2*np.bincount(g[m:], minlength=g.max()+1).astype(bool)
-    value = lambda keep: np.asarray(statistic(*([fx[keep[:m]]] if alone else [fx[keep[:m]], fy[keep[m:]]])), float)
-    def once():
-        kept = np.zeros(len(both), bool)
-        for kind in np.unique(both):                                   # patients in x, in y, in both: a share of each
-            those = np.flatnonzero(both==kind)
-            kept[rng.permutation(those)[:max(1, round(fraction*len(those)))]] = True
-        return value(kept[g])
-    estimate = value(np.ones(len(g), bool))
-    se = np.std([once() for _ in range(n_resamples)], axis=0, ddof=1)*np.sqrt(fraction/(1-fraction))
-    reach = student.ppf((1+level)/2, len(both)-1)*se
-    return {'estimate': estimate, 'low': estimate-reach, 'high': estimate+reach, 'se': se, 'clusters': len(both)}
+    seed:int=0, # Seed of the subsampling
+)->dict: # estimate, ci_low, ci_high, se, each shaped like the statistic; n_clusters
+    "Confidence interval for any statistic of one or two sets, from subsamples of the patients."
+    if not 0<fraction<1: raise ValueError(f'fraction is {fraction}; expected between 0 and 1')
+    fx = np.asarray(fx)
+    m = len(fx)
+    names = group_names(groups_x, m, 'x')
+    if fy is not None and len(fy):
+        fy = np.asarray(fy)
+        names = np.concatenate([names, group_names(groups_y, len(fy), 'y')])
+    else: fy = None
+    codes = group_codes(names, len(names))
+    n_clusters = codes.max()+1
+    in_x = np.bincount(codes[:m], minlength=n_clusters).astype(bool)
+    in_y = np.bincount(codes[m:], minlength=n_clusters).astype(bool)
+    membership = in_x+2*in_y                                        # 1: in x, 2: in y, 3: in both
+    def value(kept):
+        rows = kept[codes]
+        sets = [fx[rows[:m]]] if fy is None else [fx[rows[:m]], fy[rows[m:]]]
+        return np.asarray(statistic(*sets), float)
+    estimate = value(np.ones(n_clusters, bool))
+    rng = np.random.default_rng(seed)
+    resamples = [value(_subsample(membership, fraction, rng)) for _ in range(n_resamples)]
+    se = np.std(resamples, axis=0, ddof=1)*np.sqrt(fraction/(1-fraction))
+    margin = student.ppf((1+level)/2, n_clusters-1)*se
+    return {
+        'estimate': estimate, 'ci_low': estimate-margin, 'ci_high': estimate+margin, 'se': se,
+        'n_clusters': int(n_clusters)}
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #fb785da7
+def _p_value(values):
+    "Fraction of values that are at least the first one, up to rounding."
+    tolerance = 1e-6*abs(values).max()
+    return float((values>=values[0]-tolerance).mean())
+
 def permutation_test(
     fx, # Features of one set, (m, d)
     fy, # Features of the other, (n, d)
-    kernel, # As `gaussian_kernel` gives it, or `cubic_kernel`
+    kernel, # `gaussian_kernel(...)`, `make_kernel(...)` or `cubic_kernel`
     groups_x=None, # (m,) patients
-    groups_y=None, # (n,) patients, others than those of `fx`
-    n_resamples:int=999, # Deals
-    seed:int=0, # Seeds them
-    block_size:int=2048, # Vectors at once
-    device='cpu', # Where to compute
-)->dict: # mmd2, p, and the values of all deals in `null`
-    "Whether two unpaired sets differ: patients are dealt to two sets at random"
-    z,g,m = stack_sets(fx, fy, groups_x, groups_y, device)
-    if np.intersect1d(g[:m], g[m:]).size: raise ValueError('the sets share patients, which cannot be dealt to one side: use `swap_test` for pairs')
-    rng, c, sizes = np.random.default_rng(seed), g.max()+1, np.bincount(g)
-    first = np.isin(np.arange(c), g[:m])
-    side = np.stack([first]+[rng.permutation(first) for _ in range(n_resamples)], 1).astype(float)     # (c, 1+draws): one deal a column
-    w = torch.as_tensor(np.c_[side, np.ones(c)][g], dtype=z.dtype, device=device)
-    s = between_group_kernel_sums(z, torch.as_tensor(g, device=device), w, kernel, block_size)
-    xx, to_all, all_ = (s[:, :-1]*w[:, :-1]).sum(0), (s[:, -1:]*w[:, :-1]).sum(0), s[:, -1].sum()
-    xx, xy, yy = (o.cpu().numpy() for o in (xx, to_all-xx, all_-2*to_all+xx))
-    ma = sizes@side
-    a, b = ma**2-(sizes**2)@side, (len(z)-ma)**2-(sizes**2)@(1-side)
-    null = xx/a+yy/b-2*xy/(ma*(len(z)-ma))
-    return {'mmd2': float(null[0]), 'p': float((null>=null[0]-1e-6*abs(null).max()).mean()), 'null': null[1:]}
+    groups_y=None, # (n,) patients, none of them in `groups_x`
+    n_resamples:int=999, # Permutations
+    seed:int=0, # Seed of the permutations
+    block_size:int=2048, # Vectors per block
+    device='cpu', # Torch device
+)->dict: # mmd2, p, and the values of all permutations as `null`
+    "Whether two unpaired sets differ: permutation test by patient."
+    vectors,codes,m = stack_sets(fx, fy, groups_x, groups_y, device)
+    if np.intersect1d(codes[:m], codes[m:]).size:
+        raise ValueError(
+            'the sets share patients; expected unpaired sets; '
+            'fix: use `paired_permutation_test` for pairs')
+    rng = np.random.default_rng(seed)
+    n_patients = codes.max()+1
+    sizes = np.bincount(codes)
+    observed = np.isin(np.arange(n_patients), codes[:m])            # patients in x
+    permuted = [rng.permutation(observed) for _ in range(n_resamples)]
+    in_x = np.stack([observed, *permuted], 1).astype(float)         # (n_patients, 1+n_resamples)
+    weights = np.c_[in_x, np.ones(n_patients)][codes]
+    weights = torch.as_tensor(weights, dtype=vectors.dtype, device=device)
+    groups = torch.as_tensor(codes, device=device)
+    sums = between_group_kernel_sums(vectors, groups, weights, kernel, block_size)
+    xx = (sums[:, :-1]*weights[:, :-1]).sum(0)
+    x_to_all = (sums[:, -1:]*weights[:, :-1]).sum(0)
+    all_to_all = sums[:, -1].sum()
+    yy = all_to_all-2*x_to_all+xx
+    xx, xy, yy = (o.cpu().numpy() for o in (xx, x_to_all-xx, yy))
+    n_x = sizes@in_x
+    n_y = len(vectors)-n_x
+    n_xx = n_x**2-(sizes**2)@in_x
+    n_yy = n_y**2-(sizes**2)@(1-in_x)
+    values = xx/n_xx+yy/n_yy-2*xy/(n_x*n_y)
+    return {'mmd2': float(values[0]), 'p': _p_value(values), 'null': values[1:]}
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #f68b9ab4
 def paired_permutation_test(
-    fx, # Features of the real films, (n, d)
-    fy, # Features of the films made from them, in the same order
-    kernel, # As `gaussian_kernel` gives it, or `cubic_kernel`
+    fx, # Features of the real images, (n, d)
+    fy, # Features of the images made from them, in the same order
+    kernel, # `gaussian_kernel(...)`, `make_kernel(...)` or `cubic_kernel`
     groups=None, # (n,) patients
-    n_resamples:int=999, # Swaps
-    seed:int=0, # Seeds them
-    block_size:int=2048, # Vectors at once
-    device='cpu', # Where to compute
-)->dict: # mmd2, p, and the values of all swaps in `null`
-    "Whether paired sets differ: real and synthetic change places within a patient's pairs at random"
-    if len(fx)!=len(fy): raise ValueError(f'{len(fx)} real and {len(fy)} synthetic films are not pairs')
-    groups = np.arange(len(fx)) if groups is None else groups
-    z,g,n = stack_sets(fx, fy, groups, groups, device)
-    signs = np.random.default_rng(seed).choice([-1., 1.], (g.max()+1, 1+n_resamples))
-    signs[:, 0] = 1
-    w = torch.as_tensor(np.r_[signs[g[:n]], -signs[g[n:]]], dtype=z.dtype, device=device)
-    null = (between_group_kernel_sums(z, torch.as_tensor(g, device=device), w, kernel, block_size)*w).sum(0).cpu().numpy()/(n**2-(np.bincount(g[:n])**2).sum())
-    return {'mmd2': float(null[0]), 'p': float((null>=null[0]-1e-6*abs(null).max()).mean()), 'null': null[1:]}
+    n_resamples:int=999, # Random swaps
+    seed:int=0, # Seed of the swaps
+    block_size:int=2048, # Vectors per block
+    device='cpu', # Torch device
+)->dict: # mmd2, p, and the values of all swaps as `null`
+    "Whether paired sets differ: permutation test that swaps real and synthetic by patient."
+    if len(fx)!=len(fy):
+        raise ValueError(f'{len(fx)} real and {len(fy)} synthetic images; expected pairs')
+    if groups is None: groups = np.arange(len(fx))
+    vectors,codes,n = stack_sets(fx, fy, groups, groups, device)
+    signs = np.random.default_rng(seed).choice([-1., 1.], (codes.max()+1, 1+n_resamples))
+    signs[:, 0] = 1                                                 # the observed sets
+    weights = np.r_[signs[codes[:n]], -signs[codes[n:]]]
+    weights = torch.as_tensor(weights, dtype=vectors.dtype, device=device)
+    groups = torch.as_tensor(codes, device=device)
+    sums = between_group_kernel_sums(vectors, groups, weights, kernel, block_size)
+    n_terms = n**2-(np.bincount(codes[:n])**2).sum()
+    values = (sums*weights).sum(0).cpu().numpy()/n_terms
+    return {'mmd2': float(values[0]), 'p': _p_value(values), 'null': values[1:]}
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #80fb820b
 def clustered_wilcoxon(
-    difference, # (n,) of pairs
+    difference, # (n,) differences of pairs
     groups=None, # (n,) patients
 )->tuple[float,float]: # Rank-biserial correlation; two-sided p-value
-    "Wilcoxon's signed ranks with the signs of a patient's pairs turned together; differences of zero are left out"
+    "Wilcoxon's signed-rank test with one random sign per patient; zero differences are left out."
     d = as_score_matrix(difference)[:, 0]
-    at, ranks = group_codes(groups, len(d)), rankdata(np.abs(d[d!=0]))
-    if not len(ranks): return 0., 1.
-    s = np.bincount(at[d!=0], np.sign(d[d!=0])*ranks)
-    if len(ranks)>100 and np.count_nonzero(s)>30: return s.sum()/ranks.sum(), float(2*norm.sf(abs(s.sum())/np.sqrt((s**2).sum())))
-    chance, twice = np.ones(1), np.round(2*np.abs(s)).astype(int)          # midranks are halves
-    for k in twice: chance = np.r_[chance, np.zeros(k)]/2+np.r_[np.zeros(k), chance]/2
-    total = 2*np.arange(len(chance))-twice.sum()
-    return s.sum()/ranks.sum(), float(chance[np.abs(total)>=abs(round(2*s.sum()))].sum())
+    codes = group_codes(groups, len(d))
+    nonzero = d!=0
+    if not nonzero.any(): return 0., 1.
+    ranks = rankdata(np.abs(d[nonzero]))
+    patient_sums = np.bincount(codes[nonzero], np.sign(d[nonzero])*ranks)
+    total = patient_sums.sum()
+    correlation = total/ranks.sum()
+    if len(ranks)>100 and np.count_nonzero(patient_sums)>30:
+        z = abs(total)/np.sqrt((patient_sums**2).sum())
+        return correlation, float(2*norm.sf(z))
+    steps = np.round(2*np.abs(patient_sums)).astype(int)            # ranks of ties are halves
+    probability = np.ones(1)                                        # of each possible total
+    for step in steps:
+        gap = np.zeros(step)
+        probability = np.r_[probability, gap]/2+np.r_[gap, probability]/2
+    totals = 2*np.arange(len(probability))-steps.sum()
+    as_extreme = np.abs(totals)>=abs(round(2*total))
+    return correlation, float(probability[as_extreme].sum())
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #8ba480c4
 def paired_test(
     a, # (n,) scores of one model
     b, # (n,) scores of the other, of the same pairs
     groups=None, # (n,) patients
-    level:float=.95, # That the interval is to cover
+    level:float=.95, # Confidence level
     n_resamples:int=2000, # Bootstrap samples
-    seed:int=0, # Seeds them
-)->dict: # difference of means, its interval, share of pairs in which a is higher, rank-biserial correlation, p, n, clusters
-    "Two scores of each pair: by how much they differ, in how many pairs, and whether that is chance"
-    a,b = (np.asarray(o, float) for o in (a, b))
-    if a.shape!=b.shape or a.ndim!=1: raise ValueError(f'scores are {a.shape} and {b.shape}: want (n,) of each model, of the same pairs in the same order')
-    o, (r, p) = cluster_bootstrap(a-b, groups, level=level, n_resamples=n_resamples, seed=seed), clustered_wilcoxon(a-b, groups)
-    return {'difference': o['estimate'], 'low': o['low'], 'high': o['high'], 'higher': float((a>b).mean()+(a==b).mean()/2), 'rank_biserial': r, 'p': p,
-            'n': o['n'], 'clusters': o['clusters']}
+    seed:int=0, # Seed of the bootstrap
+)->dict: # difference, ci_low, ci_high, prob_superiority, rank_biserial, p, n, n_clusters
+    "Difference between the mean scores of two models, with interval, effect sizes and p-value."
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape!=b.shape or a.ndim!=1:
+        raise ValueError(
+            f'scores have the shapes {a.shape} and {b.shape}; expected (n,) for each model, '
+            'of the same pairs in the same order')
+    interval = cluster_bootstrap(a-b, groups, level=level, n_resamples=n_resamples, seed=seed)
+    rank_biserial, p = clustered_wilcoxon(a-b, groups)
+    prob_superiority = float((a>b).mean()+(a==b).mean()/2)          # ties count half
+    return {
+        'difference': interval['estimate'],
+        'ci_low': interval['ci_low'], 'ci_high': interval['ci_high'],
+        'prob_superiority': prob_superiority, 'rank_biserial': rank_biserial, 'p': p,
+        'n': interval['n'], 'n_clusters': interval['n_clusters']}
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #94564b8b
 def holm_correction(
-    p_values, # (k,) p-values
+    p_values, # (k,)
 )->np.ndarray: # (k,), adjusted, in the same order
-    "p-values adjusted for their number (Holm, 1979)"
-    p_values = np.asarray(p_values, float)
-    if not ((p_values>=0)&(p_values<=1)).all(): raise ValueError(f'{p_values[~((p_values>=0)&(p_values<=1))][0]} is no p-value')
-    order, adjusted = np.argsort(p_values), np.empty(len(p_values))
-    adjusted[order] = np.maximum.accumulate(p_values[order]*np.arange(len(p_values), 0, -1)).clip(max=1)
+    "Adjust p-values for their number (Holm, 1979)."
+    p = np.asarray(p_values, float)
+    valid = (p>=0)&(p<=1)
+    if not valid.all(): raise ValueError(f'p-value {p[~valid][0]}; expected between 0 and 1')
+    order = np.argsort(p)
+    factors = np.arange(len(p), 0, -1)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(p[order]*factors).clip(max=1)
     return adjusted
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #23258dbe
 def insufficient_data_reason(
     patients, # A name for each pair
     images, # A name for each pair
-    min_images:int=20, # Different films that there must be
+    min_images:int=20, # Minimum number of different images
 )->str: # Empty if there are enough
-    "Why there is no interval"
-    p, f = len(set(patients)), len(set(images))
-    return f'{p} of the 2 patients that an interval wants' if p<2 else f'{f} of the {min_images} films that an interval wants' if f<min_images else ''
+    "Why there is no interval."
+    n_patients, n_images = len(set(patients)), len(set(images))
+    if n_patients<2: return f'too few patients for an interval ({n_patients} of 2)'
+    if n_images<min_images: return f'too few images for an interval ({n_images} of {min_images})'
+    return ''
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #f2169906
+def _compare_models(scores_a, scores_b, patients, images, min_images, test_kwargs):
+    "`paired_test` on the pairs that both models have, or the reason why there is none."
+    scores_a, scores_b = np.asarray(scores_a, float), np.asarray(scores_b, float)
+    rows = np.arange(len(scores_a))
+    in_both = np.isfinite(scores_a)&np.isfinite(scores_b)
+    patients = np.asarray(rows if patients is None else patients, object)[in_both]
+    images = np.asarray(rows if images is None else images, object)[in_both]
+    reason = insufficient_data_reason(patients, images, min_images) if min_images else ''
+    if reason: result = {'n': int(in_both.sum()), 'n_clusters': len(set(patients))}
+    else: result = paired_test(scores_a[in_both], scores_b[in_both], patients, **test_kwargs)
+    return result | {'reason': reason}
+
 def paired_tests(
-    scores:dict, # From (model, metric) to (n,) scores of the same pairs; NaN where a model has no film
+    scores:dict, # (model, metric) to (n,) scores of the same pairs; NaN where a model has no image
     groups=None, # (n,) patients
-    images=None, # (n,) names; each row by itself if None
-    min_images:int=0, # Films below which there is a reason instead of numbers; 0 for no such rule
+    images=None, # (n,) names; each row is an image if None
+    min_images:int=0, # Number of images below which there is a reason instead of a test
     **test_kwargs, # As in `paired_test`
-)->pd.DataFrame: # metric, a, b, what `paired_test` gives, reason, and p_holm over all rows that have a p
-    "Every model against every other by every metric, over the pairs that both have, adjusted for the number of comparisons"
-    rows, metrics = [], dict.fromkeys(metric for _,metric in scores)
-    for metric in metrics:
-        models = [m for m,k in scores if k==metric]
-        for i,a in enumerate(models):
-            for b in models[i+1:]:
-                x,y = (np.asarray(scores[m, metric], float) for m in (a, b))
-                there = np.isfinite(x)&np.isfinite(y)
-                g,f = (np.asarray(np.arange(len(x)) if o is None else o, object)[there] for o in (groups, images))
-                why = insufficient_data_reason(g, f, min_images) if min_images else ''
-                found = {'n': int(there.sum()), 'clusters': len(set(g))} if why else paired_test(x[there], y[there], g, **test_kwargs)
-                rows.append({'metric': metric, 'a': a, 'b': b} | found | {'reason': why})
-    table = pd.DataFrame(rows, columns=['metric', 'a', 'b', 'difference', 'low', 'high', 'higher', 'rank_biserial', 'p', 'n', 'clusters', 'reason'])
-    return table.assign(p_holm=pd.Series(holm_correction(table.p.dropna()), table.p.dropna().index, float))
+)->pd.DataFrame: # metric, model_a, model_b, columns of `paired_test`, reason, p_holm
+    "Test every two models by every metric, with p-values adjusted for the number of tests."
+    rows = []
+    for metric in dict.fromkeys(metric for _,metric in scores):
+        models = [model for model,k in scores if k==metric]
+        for i,model_a in enumerate(models):
+            for model_b in models[i+1:]:
+                result = _compare_models(
+                    scores[model_a, metric], scores[model_b, metric], groups, images,
+                    min_images, test_kwargs)
+                rows.append({'metric': metric, 'model_a': model_a, 'model_b': model_b} | result)
+    columns = [
+        'metric', 'model_a', 'model_b', 'difference', 'ci_low', 'ci_high', 'prob_superiority',
+        'rank_biserial', 'p', 'n', 'n_clusters', 'reason']
+    table = pd.DataFrame(rows, columns=columns)
+    p = table.p.dropna()
+    return table.assign(p_holm=pd.Series(holm_correction(p), p.index, float))
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #a715a933
 def trend_test(
@@ -383,40 +488,62 @@ def trend_test(
     epochs, # (e,) rising
     groups=None, # (n,) patients
     **bootstrap_kwargs, # As in `cluster_bootstrap`
-)->dict: # slope for each epoch with its interval, mean rank correlation, p, n, clusters
-    "Whether pairs score higher and higher as training goes on"
+)->dict: # slope per epoch, ci_low, ci_high, mean rank_correlation, p, n, n_clusters
+    "Whether the scores of pairs rise or fall during training."
     v, x = as_score_matrix(scores), np.asarray(epochs, float)
-    if v.shape[1]!=len(x) or len(x)<3 or not (np.diff(x)>0).all(): raise ValueError(f'{v.shape[1]} scores of each pair at epochs {x.tolist()}: want one for each of three or more rising epochs')
-    slope = v@(x-x.mean())/((x-x.mean())**2).sum()
-    ranks, place = rankdata(v, axis=1), np.arange(len(x))-(len(x)-1)/2
-    spread = ranks.std(1)*place.std()*len(x)
-    rho = np.divide(ranks@place, spread, out=np.zeros(len(v)), where=spread>0)
-    o = cluster_bootstrap(slope, groups, **bootstrap_kwargs)
-    return {'slope': o['estimate'], 'low': o['low'], 'high': o['high'], 'rank_correlation': float(rho.mean()), 'p': clustered_wilcoxon(slope, groups)[1], 'n': o['n'], 'clusters': o['clusters']}
+    if v.shape[1]!=len(x) or len(x)<3 or not (np.diff(x)>0).all():
+        raise ValueError(
+            f'{v.shape[1]} scores of each pair at epochs {x.tolist()}; expected one for each of '
+            'three or more rising epochs')
+    centered = x-x.mean()
+    slopes = v@centered/(centered**2).sum()
+    ranks = rankdata(v, axis=1)
+    centered_order = np.arange(len(x))-(len(x)-1)/2
+    spread = ranks.std(1)*centered_order.std()*len(x)
+    zeros = np.zeros(len(v))                                        # for constant scores
+    correlations = np.divide(ranks@centered_order, spread, out=zeros, where=spread>0)
+    interval = cluster_bootstrap(slopes, groups, **bootstrap_kwargs)
+    return {
+        'slope': interval['estimate'],
+        'ci_low': interval['ci_low'], 'ci_high': interval['ci_high'],
+        'rank_correlation': float(correlations.mean()), 'p': clustered_wilcoxon(slopes, groups)[1],
+        'n': interval['n'], 'n_clusters': interval['n_clusters']}
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #e223f527
 def set_trend(
     scores, # (e,) of a set, such as MMD², at each checkpoint
     epochs, # (e,)
 )->dict: # tau, p, n
-    "Kendall's rank correlation of a set's score with the epoch"
+    "Kendall's rank correlation of the score of a set with the epoch."
     v, x = as_score_matrix(scores)[:, 0], as_score_matrix(epochs)[:, 0]
-    if len(v)!=len(x) or len(v)<3: raise ValueError(f'{len(v)} scores for {len(x)} epochs: want as many, and three at least')
-    if np.ptp(v)==0: return {'tau': 0., 'p': 1., 'n': len(v)}             # what stays the same has no order
-    o = kendalltau(x, v)
-    return {'tau': float(o.statistic), 'p': float(o.pvalue), 'n': len(v)}
+    if len(v)!=len(x) or len(v)<3:
+        raise ValueError(
+            f'{len(v)} scores for {len(x)} epochs; expected one for each of three or more epochs')
+    if np.ptp(v)==0: return {'tau': 0., 'p': 1., 'n': len(v)}       # constant: no order
+    result = kendalltau(x, v)
+    return {'tau': float(result.statistic), 'p': float(result.pvalue), 'n': len(v)}
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #09f683be
 def tost(
-    difference, # (n,) of pairs
+    difference, # (n,) differences of pairs
     margin:float, # Largest mean difference that would not matter
     groups=None, # (n,) patients
-    alpha:float=.05, # Chance of calling alike what is not
-)->dict: # difference, its interval at level 1-2 alpha, p, and whether it is equivalent
-    "Whether a mean difference lies within a margin (two one-sided tests; Schuirmann, 1987)"
-    if not margin>0: raise ValueError(f'margin is {margin}: name a positive difference that would not matter, before looking at the data')
+    alpha:float=.05, # Probability of a false claim of equivalence
+)->dict: # difference, ci_low and ci_high at level 1-2 alpha, p, equivalent
+    "Equivalence test: two one-sided tests (TOST; Schuirmann, 1987) of a mean difference."
+    if not margin>0:
+        raise ValueError(
+            f'margin is {margin}; expected a positive difference, '
+            'chosen before looking at the data')
     o = cluster_mean(difference, groups)
-    reach = student.ppf(1-alpha, o['df'])*o['se']
-    if o['se']: p = float(max(student.sf((o['mean']+margin)/o['se'], o['df']), student.cdf((o['mean']-margin)/o['se'], o['df'])))
-    else: p = float(abs(o['mean'])>=margin)
-    return {'difference': o['mean'], 'low': o['mean']-reach, 'high': o['mean']+reach, 'p': p, 'equivalent': p<alpha}
+    mean, se = o['mean'], o['se']
+    df = o['df']
+    half_width = student.ppf(1-alpha, df)*se
+    if se:
+        p_lower = student.sf((mean+margin)/se, df)
+        p_upper = student.cdf((mean-margin)/se, df)
+        p = float(max(p_lower, p_upper))
+    else: p = float(abs(mean)>=margin)
+    return {
+        'difference': mean, 'ci_low': mean-half_width, 'ci_high': mean+half_width, 'p': p,
+        'equivalent': p<alpha}

@@ -27,9 +27,10 @@ class TwinClassifier(nn.Sequential):
         n_labels:int=18, # Width of the label
         dropout:float=.25, # Dropout probability after each block
     ):
+        blocks = trunk(size, width, dropout)                # first: the order of the random draws
         n_features = 16*scale_channels(128, width)
         logits = nn.Sequential(nn.Flatten(), nn.Linear(n_features, n_labels))
-        super().__init__(*trunk(size, width, dropout), logits)
+        super().__init__(*blocks, logits)
 
 # %% ../../nbs/3_gans/38_tac_gan.ipynb #3e0e59f3
 def tac_generator_losses(
@@ -79,7 +80,8 @@ def _build_nets(size, config):
 
 def _build_optimizers(nets, config):
     rates = {'gen': config.lr_g, 'dis': config.lr_d, 'twin': config.lr_classifier}
-    return {f'opt_{key}': adam(nets[key].parameters(), lr, config.betas) for key,lr in rates.items()}
+    return {f'opt_{key}': adam(nets[key].parameters(), lr, config.betas)
+            for key,lr in rates.items()}
 
 @delegates(TACGANConfig)
 def train_tac_gan(

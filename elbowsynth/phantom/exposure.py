@@ -5,287 +5,353 @@
 # %% auto #0
 __all__ = ['ATTENUATION', 'SPECTRUM', 'GRID', 'FAT', 'MARROW', 'transmission', 'transmission_table', 'transmission_lookup',
            'relative_attenuation', 'Projection', 'sample_projection', 'bone_thickness', 'gaussian_blur',
-           'thickness_within', 'soft_tissue_thickness', 'add_trabeculae', 'border_pose', 'neighboring_arm', 'ribs',
-           'plaster_cast', 'thickness_maps', 'expose', 'tone_map']
+           'add_trabeculae', 'thickness_within', 'soft_tissue_thickness', 'border_pose', 'neighboring_arm', 'ribs',
+           'plaster_cast', 'add_neighbor', 'thickness_maps', 'expose', 'tone_map']
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #3008e7df
-import cv2, numpy as np
 from dataclasses import dataclass
 from functools import lru_cache
+import cv2, numpy as np
+from .anatomy import BONES
 from .geometry import (
     Beam, bounding_window, Ellipsoid, Part, path_length, rotation_matrix, Tube, union_length)
-from .anatomy import BONES
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #45aebcef
-ATTENUATION = {'bone':    (2.556, 1.740, 1.278, .8145, .6045), # cortical, 1.92 g/cm3
-      'soft':    (.4018, .3276, .2849, .2400, .2171), # 1.06
-      'fat':     (.2910, .2511, .2276, .2017, .1875), # .95
-      'marrow':  (.2950, .2560, .2330, .2070, .1930), # yellow
-      'plaster': (4.353, 2.895, 2.071, 1.249, .8790), # calcium sulphate, 2.32; a cast has about a third of that density
-      'lead':    (344., 230., 163., 91., 57.)}
+ATTENUATION = {                   # 1/cm at 30, 35, 40, 50 and 60 keV; density in g/cm3
+    'bone':    (2.556, 1.740, 1.278, .8145, .6045),   # cortical, 1.92
+    'soft':    (.4018, .3276, .2849, .2400, .2171),   # 1.06
+    'fat':     (.2910, .2511, .2276, .2017, .1875),   # .95
+    'marrow':  (.2950, .2560, .2330, .2070, .1930),   # yellow
+    'plaster': (4.353, 2.895, 2.071, 1.249, .8790),   # calcium sulfate, 2.32; a cast has a third of that
+    'lead':    (344., 230., 163., 91., 57.)}
 SPECTRUM = (.25, .25, .25, .17, .08) # Share of each energy in the beam
 
 def transmission(
-    bone, # Centimetres of cortical bone
-    soft, # Centimetres of soft tissue
+    bone, # Cortical bone, cm
+    soft, # Soft tissue, cm
 )->np.ndarray: # Between 0 and 1
-    "The share of the beam's energy that arrives"
-    return sum(np.float32(w)*np.exp(-np.float32(b)*bone-np.float32(s)*soft) for b,s,w in zip(ATTENUATION['bone'], ATTENUATION['soft'], SPECTRUM))
+    "The fraction of the beam's energy that passes"
+    energies = zip(ATTENUATION['bone'], ATTENUATION['soft'], SPECTRUM)
+    return sum(np.float32(w)*np.exp(-np.float32(b)*bone-np.float32(s)*soft) for b,s,w in energies)
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #d2aaf7ca
-GRID = .025, .1 # Centimetres of bone and of soft tissue between two points of the table
+GRID = .025, .1 # Spacing of the table: bone and soft tissue, cm
 
 @lru_cache(1)
-def transmission_table()->np.ndarray: # (260, 400), float32
-    "`passing` up to 26 cm of soft tissue, downwards, and 10 cm of bone, to the right"
-    return transmission(np.arange(400, dtype=np.float32)[None]*GRID[0], np.arange(260, dtype=np.float32)[:, None]*GRID[1])
+def transmission_table()->np.ndarray: # (260, 400), float32: soft tissue up to 26 cm, bone up to 10 cm
+    "`transmission` on a grid"
+    bone = np.arange(400, dtype=np.float32)[None]*GRID[0]
+    soft = np.arange(260, dtype=np.float32)[:, None]*GRID[1]
+    return transmission(bone, soft)
 
 def transmission_lookup(
-    bone:np.ndarray, # Centimetres, float32
-    soft:np.ndarray, # The same shape
+    bone:np.ndarray, # cm, float32
+    soft:np.ndarray, # Likewise
 )->np.ndarray: # Between 0 and 1
-    "What `passing` says, by interpolation"
-    return cv2.remap(transmission_table(), bone*np.float32(1/GRID[0]), soft*np.float32(1/GRID[1]), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    "`transmission` by bilinear interpolation of the table"
+    column, row = bone*np.float32(1/GRID[0]), soft*np.float32(1/GRID[1])
+    return cv2.remap(transmission_table(), column, row, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
+# %% ../../nbs/1_phantom/13_exposure.ipynb #a3c90002
 def relative_attenuation(
-    material:str, # A key of `MU`
-    reference:str, # Another
-)->float: # 1 if they are alike
-    "How much a centimetre of one material attenuates beside one of another, over the spectrum"
+    material:str, # A key of `ATTENUATION`
+    reference:str, # Another one
+)->float: # 1 if they attenuate equally
+    "Attenuation of one material relative to another, averaged over the spectrum"
     return float(np.dot(ATTENUATION[material], SPECTRUM)/np.dot(ATTENUATION[reference], SPECTRUM))
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #4475c942
 @dataclass
 class Projection:
-    "Where the film lies"
+    "View, pose and position of the arm in the image"
     view:str # `AP` or `LAT`
     flexion:float # Degrees that the elbow is bent
-    turn:np.ndarray # Rows: the film's right, its down, the rays' direction
-    joint:tuple # Where the joint falls, as shares of the film's width and height
-    width:float # Of the film, in millimetres of an adult arm
-    def beam(self, size): # `size` x `size` rays
+    rotation:np.ndarray # (3, 3), rows: right in the image, down in the image, direction of the rays
+    joint:tuple # Where the joint is, as fractions of the image's width and height
+    width:float # Of the image, mm of an adult arm
+
+    def beam(self, size):
+        "The rays of an image of `size` x `size` pixels"
         at = (np.arange(size, dtype=np.float32)+.5)/size
         u, v = ((at-o)*self.width for o in self.joint)
-        return Beam(u[None], v[:, None], self.turn)
-    def pixel(self, q, size): # where a point falls, (x, y)
-        return tuple(float((a/self.width+o)*size) for a,o in zip(self.turn[:2]@np.array(q), self.joint))
+        return Beam(u[None], v[:, None], self.rotation)
+
+    def pixel(self, q, size):
+        "Where a point (3,) appears: (x, y) in pixels"
+        in_plane = self.rotation[:2]@np.array(q)
+        return tuple(float((a/self.width+o)*size) for a,o in zip(in_plane, self.joint))
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #a46ecf0d
 def sample_projection(
     view:str, # `AP` or `LAT`
-    scale:float, # Size of the arm beside an adult's
-    rng, # Draws the carelessness
-    box:tuple=(0, 0, 1, 1), # Top, left, bottom and right of the field, as shares of the film
-)->Projection: # A slightly careless radiographer's
-    "Put an arm on a film"
-    n = lambda spread: spread*float(np.clip(rng.normal(), -2, 2))
-    axes = np.array([[1, 0, 0], [0, -1, 0], [0, 0, 1.]]) if view=='AP' else np.array([[0, 0, -1], [0, -1, 0], [1., 0, 0]])
-    flexion, joint = (6+abs(n(5)), (.5+n(.03), .5+n(.03))) if view=='AP' else (88+n(9), (.6+n(.03), .6+n(.03)))
-    roll = rotation_matrix(2, n(5))                                            # in the film's plane; the other two are about the arm's own axes
-    tall, wide = box[2]-box[0], box[3]-box[1]
-    return Projection(view, flexion, roll@axes@rotation_matrix(1, n(4))@rotation_matrix(0, n(2)), (box[1]+joint[0]*wide, box[0]+joint[1]*tall),
-                  (190+n(10))*scale**-.3*(tall*wide)**-.5)
+    scale:float, # Size of the arm relative to an adult's
+    rng, # Random generator of the positioning errors
+    box:tuple=(0, 0, 1, 1), # Top, left, bottom, right of the field, as fractions of the image
+)->Projection:
+    "Position an arm, with the small errors of a real examination"
+    def error(sd): return sd*float(np.clip(rng.normal(), -2, 2))
+    if view=='AP':
+        axes = np.array([[1, 0, 0], [0, -1, 0], [0, 0, 1.]])
+        flexion = 6+abs(error(5))
+        joint = (.5+error(.03), .5+error(.03))
+    else:
+        axes = np.array([[0, 0, -1], [0, -1, 0], [1., 0, 0]])
+        flexion = 88+error(9)
+        joint = (.6+error(.03), .6+error(.03))
+    roll = rotation_matrix(2, error(5))                               # in the image plane
+    tilts = rotation_matrix(1, error(4)), rotation_matrix(0, error(2))   # about the arm's own axes
+    height, width = box[2]-box[0], box[3]-box[1]
+    joint = (box[1]+joint[0]*width, box[0]+joint[1]*height)
+    image_width = (190+error(10))*scale**-.3*(height*width)**-.5
+    return Projection(view, flexion, roll@axes@tilts[0]@tilts[1], joint, image_width)
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #4cafcc78
 def bone_thickness(
-    parts:list[Part], # All of an arm's
-    beam:Beam, # The film's rays
-)->tuple: # Millimetres of cortex, of spongy bone, of both; label map
-    "Add up the bones that each ray meets"
+    parts:list[Part], # All parts of an arm, posed
+    beam:Beam, # The rays of the image
+)->tuple: # (h, w) mm of cortex, of spongy bone, of both; (h, w) label map
+    "Sum the bones that each ray passes"
     shape = beam.v.size, beam.u.size
-    strip = max(48, 2**16//shape[1])                                  # rows at a time, that a processor's cache holds what is worked on
-    labels, (cortex, spongy, volume) = np.zeros(shape, np.uint8), np.zeros((3, *shape), np.float32)
-    for p in parts:
-        if p.part not in BONES: continue
-        place, outer, inner = path_length(p, beam, strip)
-        cortex[place] += outer-inner
-        spongy[place] += inner
-        volume[place] += outer
-        labels[place][outer>.5] = BONES.index(p.part)+1
+    strip = max(48, 2**16//shape[1])                                  # rows that fit into a processor's cache
+    labels = np.zeros(shape, np.uint8)
+    cortex, spongy, volume = np.zeros((3, *shape), np.float32)
+    for part in parts:
+        if part.structure not in BONES: continue
+        window, outer, marrow = path_length(part, beam, strip)
+        cortex[window] += outer-marrow
+        spongy[window] += marrow
+        volume[window] += outer
+        labels[window][outer>.5] = BONES.index(part.structure)+1
     return cortex, spongy, volume, labels
 
-# %% ../../nbs/1_phantom/13_exposure.ipynb #57649d65
-FAT, MARROW = relative_attenuation('fat', 'soft'), relative_attenuation('marrow', 'soft')
-
+# %% ../../nbs/1_phantom/13_exposure.ipynb #a3c90004
 def gaussian_blur(
-    image:np.ndarray, # Any
+    image:np.ndarray, # (h, w)
     sigma:float, # Pixels
-    sigma_y:float=0., # Pixels up and down, if that is another number
-)->np.ndarray: # The same shape
-    "A Gaussian blur whose kernel ends at two and a half sigma"
+    sigma_y:float=0., # Vertical sigma in pixels; 0 for `sigma`
+)->np.ndarray: # (h, w)
+    "A Gaussian blur with a kernel that ends at 2.5 sigma"
     kernel = tuple(2*max(1, round(2.5*s))+1 for s in (sigma, sigma_y or sigma))
     return cv2.GaussianBlur(image, kernel, max(sigma, .3), sigmaY=max(sigma_y or sigma, .3))
 
-def thickness_within(
-    parts:list[Part], # All of an arm's
-    structure:str, # Which of them: `skin` or `muscle`
-    beam:Beam, # The rays
-    margin_mm:float=0., # Millimetres by which they are thicker
-)->np.ndarray: # Millimetres
-    "How far each ray runs within the upper arm or the forearm"
-    spans = []
-    for body,rays in ((o.shrunk(-margin_mm), beam.local(p.turn, p.shift)) for p in parts if p.part==structure for o in p.bodies):
-        place, span = bounding_window(body, rays), np.zeros((2, beam.v.size, beam.u.size), np.float32)
-        span[:, *place] = body.span(rays.crop(*place))
-        spans.append(span)
-    return union_length(spans)
-
-def soft_tissue_thickness(
-    parts:list[Part], # All of an arm's
-    beam:Beam, # Coarse rays
-    rng, # Draws the strands
-)->np.ndarray: # Millimetres
-    "What each ray runs through in skin, muscle and fat, as so much soft tissue"
-    mm = beam.u.size/float(beam.u[0, -1]-beam.u[0, 0])
-    skin, muscle = (thickness_within(parts, part, beam) for part in ('skin', 'muscle'))
-    strands = gaussian_blur(rng.standard_normal(skin.shape, np.float32), 1*mm, 4*mm)
-    hide = skin-np.sqrt(np.maximum(skin*skin-400, 0))                 # what a ray has of the outer 1.5 mm, in an arm 70 mm thick
-    soft = FAT*skin + (1-FAT)*(gaussian_blur(muscle, .7*mm)+hide) + np.float32(.012/strands.std())*strands*skin
-    for p in parts:
-        if p.part in ('fat', 'fluid'):
-            place, length, _ = path_length(p, beam)
-            soft[place] += {'fat': -.55, 'fluid': .1}[p.part]*length
-    return gaussian_blur(soft, max(.4*mm, .8))                              # a coarse edge has no steps
-
 # %% ../../nbs/1_phantom/13_exposure.ipynb #fb3f955b
 def add_trabeculae(
-    cortex:np.ndarray, # Millimetres
-    spongy:np.ndarray, # Millimetres
-    labels:np.ndarray, # Which bone
-    projection:Projection, # Where the film lies
-    rng, # Draws the grain
-)->np.ndarray: # Millimetres, as so much cortical bone
-    "Cortex, and spongy bone with its grain"
+    cortex:np.ndarray, # (h, h) mm
+    spongy:np.ndarray, # (h, h) mm
+    labels:np.ndarray, # (h, h) label map of the bones
+    projection:Projection,
+    rng, # Random generator of the texture
+)->np.ndarray: # (h, h) mm, as an equivalent thickness of cortical bone
+    "Cortex and textured spongy bone"
     size = len(cortex)
-    coarse, beam = min(size, 512), projection.beam(size)
-    mm = coarse/projection.width
+    coarse = min(size, 512)
+    px_per_mm = coarse/projection.width
     noise = rng.standard_normal((coarse, coarse), np.float32)
-    grain = gaussian_blur(noise, .22*mm, .55*mm)-gaussian_blur(noise, max(1., .8*mm))
-    if projection.view=='LAT':                                            # the forearm lies across
+    fine = gaussian_blur(noise, .22*px_per_mm, .55*px_per_mm)
+    texture = fine-gaussian_blur(noise, max(1., .8*px_per_mm))
+    if projection.view=='LAT':                                        # the forearm is horizontal
         small = cv2.resize(labels, (coarse, coarse), interpolation=cv2.INTER_NEAREST)
-        grain = np.where(small>1, grain.T, grain)
-    grain = cv2.resize(grain*np.float32(.2/grain.std()), (size, size), interpolation=cv2.INTER_LINEAR)
-    grain += 1
-    near = np.exp(-(beam.u/40)**2)*np.exp(-(beam.v/40)**2)
-    near *= np.float32(.17)
-    near += np.float32(.07)
-    near *= spongy
-    near *= grain
-    near += cortex
-    return near
+        texture = np.where(small>1, texture.T, texture)
+    texture = cv2.resize(texture*np.float32(.2/texture.std()), (size, size), interpolation=cv2.INTER_LINEAR)
+    texture += 1
+    beam = projection.beam(size)
+    equivalent = np.exp(-(beam.u/40)**2)*np.exp(-(beam.v/40)**2)      # density falls with the distance from the joint
+    equivalent *= np.float32(.17)
+    equivalent += np.float32(.07)
+    equivalent *= spongy
+    equivalent *= texture
+    equivalent += cortex
+    return equivalent
+
+# %% ../../nbs/1_phantom/13_exposure.ipynb #57649d65
+FAT = relative_attenuation('fat', 'soft')
+MARROW = relative_attenuation('marrow', 'soft')
+
+def thickness_within(
+    parts:list[Part], # All parts of an arm, posed
+    structure:str, # `skin` or `muscle`
+    beam:Beam, # The rays
+    margin_mm:float=0., # By how much the bodies are enlarged, mm
+)->np.ndarray: # (h, w) mm
+    "How far each ray runs inside the skin or the muscles"
+    intervals = []
+    for part in parts:
+        if part.structure!=structure: continue
+        rays = beam.local(part.rotation, part.translation)
+        for body in part.bodies:
+            enlarged = body.inset(-margin_mm)
+            window = bounding_window(enlarged, rays)
+            interval = np.zeros((2, beam.v.size, beam.u.size), np.float32)
+            interval[:, *window] = enlarged.ray_interval(rays.crop(*window))
+            intervals.append(interval)
+    return union_length(intervals)
+
+# %% ../../nbs/1_phantom/13_exposure.ipynb #a3c90007
+def soft_tissue_thickness(
+    parts:list[Part], # All parts of an arm, posed
+    beam:Beam, # Coarse rays
+    rng, # Random generator of the strands
+)->np.ndarray: # (h, w) mm, as an equivalent thickness of soft tissue
+    "Skin, muscle, fat and fluid that each ray passes"
+    px_per_mm = beam.u.size/float(beam.u[0, -1]-beam.u[0, 0])
+    skin = thickness_within(parts, 'skin', beam)
+    muscle = thickness_within(parts, 'muscle', beam)
+    strands = gaussian_blur(rng.standard_normal(skin.shape, np.float32), 1*px_per_mm, 4*px_per_mm)
+    rim = skin-np.sqrt(np.maximum(skin*skin-400, 0))                  # path inside the outer 1.5 mm of an arm 70 mm thick
+    dense = gaussian_blur(muscle, .7*px_per_mm)+rim
+    soft = FAT*skin + (1-FAT)*dense + np.float32(.012/strands.std())*strands*skin
+    contrast = {'fat': -.55, 'fluid': .1}
+    for part in parts:
+        if part.structure not in contrast: continue
+        window, length, _ = path_length(part, beam)
+        soft[window] += contrast[part.structure]*length
+    return gaussian_blur(soft, max(.4*px_per_mm, .8))                 # hides the steps of the coarse grid
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #1c38fd83
 def border_pose(
-    projection:Projection, # Where the film lies
-    rng, # Draws the border and the distance
-)->tuple: # Motion of something upright that it comes to lie at a border: turn, shift
-    "A place at a border that the arm leaves free: to the left or right from the front, behind or below from the side"
-    right, down, _ = projection.turn
+    projection:Projection,
+    rng, # Random generator of border and distance
+)->tuple: # Rotation (3, 3) and translation (3,) that move an upright body to a border
+    "A place at a border that the arm leaves free: left or right in the AP view, behind or below in the lateral view"
+    right, down, ray = projection.rotation
     x, y = projection.joint
-    border, inwards = [((1-x)*right, -right), (-x*right, right) if projection.view=='AP' else ((1-y)*down, -down)][rng.integers(2)]
-    along = np.cross(projection.turn[2], inwards)
-    return np.stack([inwards, along, projection.turn[2]], 1)@rotation_matrix(2, rng.uniform(-12, 12)), border*projection.width+inwards*rng.uniform(-4, 16)
+    if projection.view=='AP': borders = [((1-x)*right, -right), (-x*right, right)]
+    else: borders = [((1-x)*right, -right), ((1-y)*down, -down)]
+    border, inwards = borders[rng.integers(2)]
+    along = np.cross(ray, inwards)
+    rotation = np.stack([inwards, along, ray], 1)@rotation_matrix(2, rng.uniform(-12, 12))
+    return rotation, border*projection.width+inwards*rng.uniform(-4, 16)
 
+# %% ../../nbs/1_phantom/13_exposure.ipynb #a3c90009
 def neighboring_arm(
-    projection:Projection, # Where the film lies
-    rng, # Draws it
-)->list[Part]: # Of a part called `neighbour`, and of one called `neighbour's flesh`
-    "Another arm at the border"
-    turn, shift = border_pose(projection, rng)
-    thick, wide = rng.uniform(8, 11), rng.uniform(24, 34)
-    bone = Tube(np.array([[-300, thick, thick, 0, 0], [0, .9*thick, .9*thick, 0, 0], [300, 1.2*thick, 1.1*thick, 0, 0]]))
-    around = Tube(np.array([[-300, wide, wide, 0, 0], [300, 1.1*wide, wide, 0, 0]]))
-    return [Part('neighbour', [bone], turn=turn, shift=shift, shell=3.), Part("neighbour's flesh", [around], turn=turn, shift=shift)]
+    projection:Projection,
+    rng, # Random generator of its place and size
+)->list[Part]: # A part `neighbor` (bone) and a part `neighbor soft tissue`
+    "Another arm at the border of the image"
+    rotation, translation = border_pose(projection, rng)
+    bone_width, arm_width = rng.uniform(8, 11), rng.uniform(24, 34)
+    bone_rows = [[-300, bone_width, bone_width, 0, 0], [0, .9*bone_width, .9*bone_width, 0, 0],
+                 [300, 1.2*bone_width, 1.1*bone_width, 0, 0]]
+    arm_rows = [[-300, arm_width, arm_width, 0, 0], [300, 1.1*arm_width, arm_width, 0, 0]]
+    pose = dict(rotation=rotation, translation=translation)
+    bone = Part('neighbor', [Tube(np.array(bone_rows))], cortex_thickness=3., **pose)
+    return [bone, Part('neighbor soft tissue', [Tube(np.array(arm_rows))], **pose)]
 
 def ribs(
-    projection:Projection, # Where the film lies
-    rng, # Draws them
-)->list[Part]: # As `other_arm`
-    "A chest at the border: ribs that slope, before a good deal of flesh"
-    turn, shift = border_pose(projection, rng)
-    chest = Part("neighbour's flesh", [Ellipsoid((-20, 0, 0), (rng.uniform(50, 62), 190, 75))], turn=turn, shift=shift)
-    slope, apart, thick, y = rng.choice([-1, 1])*rng.uniform(15, 45), rng.uniform(24, 32), rng.uniform(3.5, 5), np.arange(-60, 31, 10.)
-    rib = Tube(np.column_stack([y, thick+0*y, .7*thick+0*y, -np.sign(slope)*.011*np.maximum(y+20, 0)**2, 0*y]))
-    lie = turn@rotation_matrix(2, slope-90)
-    at = [shift+turn@[rng.normal()*1.5-.0011*(apart*k)**2, apart*k, 0] for k in range(-7, 8)]
-    return [chest, *(Part('neighbour', [rib], turn=lie, shift=o, shell=.9) for o in at)]
+    projection:Projection,
+    rng, # Random generator of place and shape
+)->list[Part]: # Parts as those of `neighboring_arm`
+    "A chest at the border of the image: sloping ribs and soft tissue"
+    rotation, translation = border_pose(projection, rng)
+    chest_body = Ellipsoid((-20, 0, 0), (rng.uniform(50, 62), 190, 75))
+    chest = Part('neighbor soft tissue', [chest_body], rotation=rotation, translation=translation)
+    slope = rng.choice([-1, 1])*rng.uniform(15, 45)
+    distance, width = rng.uniform(24, 32), rng.uniform(3.5, 5)
+    y = np.arange(-60, 31, 10.)
+    curve = -np.sign(slope)*.011*np.maximum(y+20, 0)**2
+    rib = Tube(np.column_stack([y, width+0*y, .7*width+0*y, curve, 0*y]))
+    rib_rotation = rotation@rotation_matrix(2, slope-90)
+    parts = [chest]
+    for k in range(-7, 8):
+        offset = [rng.normal()*1.5-.0011*(distance*k)**2, distance*k, 0]
+        parts.append(Part('neighbor', [rib], rotation=rib_rotation, translation=translation+rotation@offset,
+                          cortex_thickness=.9))
+    return parts
 
+# %% ../../nbs/1_phantom/13_exposure.ipynb #a3c9000b
 def plaster_cast(
-    parts:list[Part], # All of an arm's
+    parts:list[Part], # All parts of an arm, posed
     beam:Beam, # Coarse rays
-    rng, # Draws the cast
-)->np.ndarray: # Millimetres, as so much bone
-    "A cast around the arm, from the upper arm to the wrist, wound of bandage"
-    wall, reach, turns = rng.uniform(3, 5), rng.uniform(75, 110), rng.uniform(.25, .5)
-    far, creases = np.hypot(beam.u, beam.v), gaussian_blur(rng.standard_normal((beam.v.size, beam.u.size), np.float32), 1.5, 6)
-    wound = 1+.05*np.sin(turns*(beam.u+.6*beam.v))+.07*creases/creases.std()
-    length = np.maximum(thickness_within(parts, 'skin', beam, wall+3)-thickness_within(parts, 'skin', beam, 3), 0)*wound*np.clip((reach-far)/3, 0, 1)
-    return gaussian_blur((.33*relative_attenuation('plaster', 'bone')*length).astype(np.float32), .8)
+    rng, # Random generator of thickness and texture
+)->np.ndarray: # (h, w) mm, as an equivalent thickness of bone
+    "A cast of wound bandage, from the upper arm to the wrist"
+    wall, reach = rng.uniform(3, 5), rng.uniform(75, 110)
+    turns = rng.uniform(.25, .5)
+    distance = np.hypot(beam.u, beam.v)
+    creases = gaussian_blur(rng.standard_normal((beam.v.size, beam.u.size), np.float32), 1.5, 6)
+    texture = 1+.05*np.sin(turns*(beam.u+.6*beam.v))+.07*creases/creases.std()
+    outer, inner = thickness_within(parts, 'skin', beam, wall+3), thickness_within(parts, 'skin', beam, 3)
+    length = np.maximum(outer-inner, 0)*texture*np.clip((reach-distance)/3, 0, 1)
+    density = .33*relative_attenuation('plaster', 'bone')
+    return gaussian_blur((density*length).astype(np.float32), .8)
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #8f45907e
+def add_neighbor(bone, soft, beam, coarse_beam, projection, rng):
+    "Add another arm or ribs to the two maps, in place"
+    sample = neighboring_arm if rng.random()<.5 else ribs
+    for part in sample(projection, rng):
+        rays, target = (beam, bone) if part.structure=='neighbor' else (coarse_beam, soft)
+        window, outer, marrow = path_length(part, rays)
+        target[window] += outer-.9*marrow if part.cortex_thickness else .7*outer
+
 def thickness_maps(
-    parts:list[Part], # An arm's
-    projection:Projection, # Where the film lies
-    size:int, # Side of the film in pixels
-    rng, # Draws grain and company
-    artifacts:list[str]=(), # Of these, `neighbour` and `cast` count here
-)->tuple: # Millimetres of bone and of soft tissue; label map
-    "Everything on a film"
-    beam, coarse = projection.beam(size), projection.beam(min(size, max(96, size//4)))
-    full = lambda o: cv2.resize(o, (size, size), interpolation=cv2.INTER_LINEAR)
+    parts:list[Part], # All parts of an arm, posed
+    projection:Projection,
+    size:int, # Side of the image in pixels
+    rng, # Random generator of textures and neighbors
+    artifacts:list[str]=(), # Of these, `neighbor` and `cast` are used here
+)->tuple: # (size, size) mm of bone; (size, size) mm of soft tissue; (size, size) label map
+    "Everything in the image"
+    beam = projection.beam(size)
+    coarse_beam = projection.beam(min(size, max(96, size//4)))
+    def enlarge(image): return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
     cortex, spongy, volume, labels = bone_thickness(parts, beam)
-    soft = soft_tissue_thickness(parts, coarse, rng)
+    soft = soft_tissue_thickness(parts, coarse_beam, rng)
     bone = add_trabeculae(cortex, spongy, labels, projection, rng)
-    if 'neighbour' in artifacts:
-        for p in (neighboring_arm if rng.random()<.5 else ribs)(projection, rng):
-            rays, into = (beam, bone) if p.part=='neighbour' else (coarse, soft)
-            place, outer, inner = path_length(p, rays)
-            into[place] += outer-.9*inner if p.shell else .7*outer
-    if 'cast' in artifacts: bone += full(plaster_cast(parts, coarse, rng))
-    soft = full(soft)
-    soft -= volume
+    if 'neighbor' in artifacts: add_neighbor(bone, soft, beam, coarse_beam, projection, rng)
+    if 'cast' in artifacts: bone += enlarge(plaster_cast(parts, coarse_beam, rng))
+    soft = enlarge(soft)
+    soft -= volume                                                    # bone displaces soft tissue
     soft += np.float32(MARROW)*spongy
     return bone, np.maximum(soft, 0, out=soft), labels
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #1d473914
 def expose(
-    bone:np.ndarray, # Millimetres
-    soft:np.ndarray, # Millimetres
-    projection:Projection, # Where the film lies
-    rng, # Draws exposure and noise
-    scale:float=1., # Size of the arm beside an adult's
-    opening:np.ndarray=1, # (size, size): how much of the beam collimator and lead letter let through
-)->np.ndarray: # What reaches the detector, as a share of the open beam
+    bone:np.ndarray, # (h, h) mm
+    soft:np.ndarray, # (h, h) mm
+    projection:Projection,
+    rng, # Random generator of exposure and noise
+    scale:float=1., # Size of the arm relative to an adult's
+    opening:np.ndarray=1, # (h, h): fraction that collimator and lead marker let pass
+)->np.ndarray: # (h, h): signal relative to the open beam
     "An exposure"
-    size, pixel = len(soft), projection.width/len(soft)
+    size = len(soft)
+    pixel_mm = projection.width/size
     signal = transmission_lookup(bone*np.float32(scale/10), soft*np.float32(scale/10))
-    small = gaussian_blur(cv2.resize(signal, (64, 64), interpolation=cv2.INTER_AREA), 16/projection.width*64)
+    small = cv2.resize(signal, (64, 64), interpolation=cv2.INTER_AREA)
+    scatter = gaussian_blur(small, 16/projection.width*64)
     haze = rng.uniform(.05, .14)
-    signal *= np.float32(1-haze)*np.linspace(1, rng.uniform(.8, 1), size, dtype=np.float32)[:, None]
-    signal += cv2.resize(np.float32(haze)*small, (size, size), interpolation=cv2.INTER_LINEAR)
+    heel = np.linspace(1, rng.uniform(.8, 1), size, dtype=np.float32)[:, None]
+    signal *= np.float32(1-haze)*heel
+    signal += cv2.resize(np.float32(haze)*scatter, (size, size), interpolation=cv2.INTER_LINEAR)
     signal *= opening
-    noise = np.random.Generator(np.random.SFC64(rng.integers(2**32))).standard_normal((size, size), np.float32)
+    noise_rng = np.random.Generator(np.random.SFC64(rng.integers(2**32)))
+    noise = noise_rng.standard_normal((size, size), np.float32)
     noise *= cv2.sqrt(signal)
-    noise *= np.float32(1/(pixel*np.sqrt(rng.uniform(12000, 40000))))  # photons a square millimetre in the open beam
+    photons_per_mm2 = rng.uniform(12000, 40000)                       # in the open beam
+    noise *= np.float32(1/(pixel_mm*np.sqrt(photons_per_mm2)))
     signal += noise
-    return gaussian_blur(signal, .15/pixel)
+    return gaussian_blur(signal, .15/pixel_mm)
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #43965600
 def tone_map(
-    signal:np.ndarray, # From `exposed`
+    signal:np.ndarray, # (h, h), from `expose`
     box:tuple, # Top, left, bottom, right of the field in pixels
-    px_per_mm:float, # A millimetre
-    rng, # Draws brightness, contrast and sharpness
-)->np.ndarray: # uint8, bone bright
-    "From what reached the detector to greys"
-    t,l,b,r = box
-    every = max(1, (b-t)//64)
-    dark = -np.log(np.maximum(signal[t:b:every, l:r:every], 1e-3))
-    flesh = dark[(dark>.45) & (dark<3.8)]                            # neither air nor what no photon reached
-    level, top = np.percentile(flesh, [10, 99.3]).tolist() if flesh.size else (.5, 3.)
-    low, high = level*rng.uniform(.2, .5), top*rng.uniform(.98, 1.1)
-    table = -np.log(np.maximum(np.arange(16384, dtype=np.float32), .5)/15000)
-    shades = (255*rng.uniform(.88, 1)*np.clip((table-low)/(high-low), 0, 1)**rng.uniform(.8, 1.15)+rng.uniform(0, 8)).clip(0, 255).astype(np.uint8)
-    greys = shades[np.clip(signal*np.float32(15000), 0, 16383).astype(np.uint16)]
-    sharp = rng.uniform(.1, .8)
-    return cv2.addWeighted(greys, 1+sharp, gaussian_blur(greys, 1.5*px_per_mm), -sharp, 0)
+    px_per_mm:float, # Pixels per millimeter
+    rng, # Random generator of brightness, contrast and sharpness
+)->np.ndarray: # (h, h) uint8, bone bright
+    "From the detector signal to gray levels"
+    top, left, bottom, right = box
+    stride = max(1, (bottom-top)//64)
+    field = signal[top:bottom:stride, left:right:stride]
+    density = -np.log(np.maximum(field, 1e-3))
+    tissue = density[(density>.45) & (density<3.8)]                   # neither air nor pixels without photons
+    soft_level, bone_level = np.percentile(tissue, [10, 99.3]).tolist() if tissue.size else (.5, 3.)
+    low, high = soft_level*rng.uniform(.2, .5), bone_level*rng.uniform(.98, 1.1)
+    densities = -np.log(np.maximum(np.arange(16384, dtype=np.float32), .5)/15000)
+    windowed = np.clip((densities-low)/(high-low), 0, 1)
+    lookup = 255*rng.uniform(.88, 1)*windowed**rng.uniform(.8, 1.15)+rng.uniform(0, 8)
+    lookup = lookup.clip(0, 255).astype(np.uint8)
+    levels = lookup[np.clip(signal*np.float32(15000), 0, 16383).astype(np.uint16)]
+    sharpness = rng.uniform(.1, .8)
+    return cv2.addWeighted(levels, 1+sharpness, gaussian_blur(levels, 1.5*px_per_mm), -sharpness, 0)

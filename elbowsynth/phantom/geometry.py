@@ -7,61 +7,93 @@ __all__ = ['rotation_matrix', 'Beam', 'Ellipsoid', 'clip_interval', 'Tube', 'sor
            'bounding_window', 'fracture_surface', 'windowed_interval', 'bounding_union', 'path_length']
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #5bb4d3cd
-import cv2, numpy as np
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+import cv2, numpy as np
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #8f95e91f
 def rotation_matrix(
     axis:int, # About x, y or z: 0, 1, 2
-    degrees:float, # Counterclockwise, seen from the axis's tip
-)->np.ndarray: # 3 x 3
+    degrees:float, # Counterclockwise, seen from the tip of the axis
+)->np.ndarray: # (3, 3)
     "A rotation about one axis"
-    c,s,m = np.cos(np.radians(degrees)), np.sin(np.radians(degrees)), np.eye(3)
-    i,j = (axis+1)%3, (axis+2)%3
-    m[i, i] = m[j, j] = c
-    m[i, j], m[j, i] = -s, s
-    return m
+    cos = np.cos(np.radians(degrees))
+    sin = np.sin(np.radians(degrees))
+    i, j = (axis+1)%3, (axis+2)%3
+    matrix = np.eye(3)
+    matrix[i, i] = matrix[j, j] = cos
+    matrix[i, j] = -sin
+    matrix[j, i] = sin
+    return matrix
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #d9d06ba2
 @dataclass
 class Beam:
-    "Parallel rays through the pixels of a film"
-    u:np.ndarray # (1, w): millimetres to the right of the joint
-    v:np.ndarray # (h, 1): millimetres below the joint
-    axes:np.ndarray # Rows: the film's right, the film's down, the direction of the rays
-    origin:np.ndarray=field(default_factory=lambda: np.zeros(3)) # The point at u = v = 0
-    def local(self, rotation, translation): return Beam(self.u, self.v, self.axes@rotation, (self.origin-translation)@rotation)
-    def crop(self, rows, cols): return Beam(self.u[:, cols], self.v[rows], self.axes, self.origin)
-    def form(self, f, c=0.): # the linear form f.q - c at each pixel, where t = 0
+    "Parallel rays through the pixels of an image"
+    u:np.ndarray # (1, w): millimeters to the right of the joint
+    v:np.ndarray # (h, 1): millimeters below the joint
+    axes:np.ndarray # (3, 3), rows: right in the image, down in the image, direction of the rays
+    origin:np.ndarray=field(default_factory=lambda: np.zeros(3)) # (3,): the point at u = v = 0
+
+    def local(self, rotation, translation):
+        "The same rays in the coordinates of a body that was rotated, then translated"
+        return Beam(self.u, self.v, self.axes@rotation, (self.origin-translation)@rotation)
+
+    def crop(self, rows, cols):
+        "The rays of a window of the image"
+        return Beam(self.u[:, cols], self.v[rows], self.axes, self.origin)
+
+    def project(self, f, c=0.):
+        "The linear form f.q - c at the starting point (t = 0) of each ray: (h, w)"
         right, down, _ = (self.axes@f).tolist()
-        return self.u*right+(float(self.origin@f)-c) + self.v*down
-    def crossing(self, f, c=0.): # where each ray crosses the plane f.q = c, and whether f.q grows along it
+        offset = float(self.origin@f)-c
+        return self.u*right+offset + self.v*down
+
+    def plane_depth(self, f, c=0.):
+        "The depth t at which each ray crosses the plane f.q = c, and whether f.q grows along the ray"
         slope = float(self.axes[2]@f)
-        slope = np.copysign(max(abs(slope), .01), slope).item()       # a plane seen edge on is taken to lean by half a degree
-        return self.form(-f/slope, -c/slope), slope>0
+        slope = np.copysign(max(abs(slope), .01), slope).item()       # a plane parallel to the rays is tilted by half a degree
+        return self.project(-f/slope, -c/slope), slope>0
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #a36afa61
 @dataclass
 class Ellipsoid:
     "A solid ellipsoid"
-    center:tuple # Its middle
-    semi:tuple # Half its axes
-    turn:np.ndarray=field(default_factory=lambda: np.eye(3)) # Columns: the directions of its axes
-    thin:float=1. # Its cortex, as a share of the bone's
-    def shrunk(self, by): return replace(self, semi=tuple(np.maximum(np.array(self.semi)-by*self.thin, .1)))
-    def reach(self, d): # from where to where it reaches in a direction, or in each of several
-        middle, across = d@np.array(self.center), d@self.turn*self.semi
+    center:tuple # (x, y, z), mm
+    semi_axes:tuple # Half the lengths of its axes, mm
+    rotation:np.ndarray=field(default_factory=lambda: np.eye(3)) # Columns: the directions of its axes
+    cortex_scale:float=1. # Thickness of its cortex, relative to the bone's
+
+    def inset(self, by):
+        "The ellipsoid with its surface `by` mm further in"
+        semi_axes = np.array(self.semi_axes)-by*self.cortex_scale
+        return replace(self, semi_axes=tuple(np.maximum(semi_axes, .1)))
+
+    def extent(self, d):
+        "Lowest and highest q.d for a direction (3,) or several (n, 3)"
+        middle = d@np.array(self.center)
+        across = d@self.rotation*self.semi_axes
         half = np.sqrt((across*across).sum(-1))
         return middle-half, middle+half
-    def sized(self, factor, about): return replace(self, center=tuple(about+factor*np.subtract(self.center, about)), semi=tuple(factor*np.array(self.semi)))
-    def kept(self, point, normal): return self if self.reach(normal)[1]>normal@point else None
-    def span(self, beam):
-        ball = self.turn/self.semi                                    # q@ball: to where it is the unit ball
-        film, foot = beam.axes@ball, (beam.origin-self.center)@ball
-        (uu, uv, ut), (_, vv, vt), (_, _, tt) = (film@film.T).tolist()
-        (ou, ov, ot), oo = (film@foot).tolist(), float(foot@foot)
-        across = lambda pq,p,q: (pq-p*q/tt)/tt
+
+    def scaled(self, factor, about):
+        "The ellipsoid scaled about a point"
+        center = about+factor*np.subtract(self.center, about)
+        return replace(self, center=tuple(center), semi_axes=tuple(factor*np.array(self.semi_axes)))
+
+    def clip_plane(self, point, normal):
+        "The ellipsoid, or None if it lies completely behind a plane"
+        return self if self.extent(normal)[1]>normal@point else None
+
+    def ray_interval(self, beam):
+        "Depths (h, w) at which each ray enters and leaves; equal where it misses"
+        to_ball = self.rotation/self.semi_axes                        # q@to_ball: coordinates of the unit ball
+        axes = beam.axes@to_ball
+        start = (beam.origin-self.center)@to_ball
+        (uu, uv, ut), (_, vv, vt), (_, _, tt) = (axes@axes.T).tolist()
+        ou, ov, ot = (axes@start).tolist()
+        oo = float(start@start)
+        def across(pq, p, q): return (pq-p*q/tt)/tt                   # the part across the ray
         square = (1/tt-across(oo, ot, ot)-beam.u*(2*across(ou, ot, ut)+across(uu, ut, ut)*beam.u)
                   ) - beam.v*(2*across(ov, ot, vt)+across(vv, vt, vt)*beam.v)
         square -= (2*across(uv, ut, vt)*beam.u)*beam.v
@@ -71,11 +103,11 @@ class Ellipsoid:
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #9e0e7f4d
 def clip_interval(
-    t0, # Where each ray enters
-    t1, # Where it leaves
-    edge, # Where it crosses a plane
-    keep_far:bool, # Whether the part behind the plane is kept, or that before it
-):
+    t0:np.ndarray, # Depth at which each ray enters
+    t1:np.ndarray, # Depth at which it leaves
+    edge:np.ndarray, # Depth at which it crosses a plane
+    keep_far:bool, # Whether the part behind the plane is kept, or the part before it
+)->tuple: # Entry and exit of the part that is kept
     "The part of each interval on one side of a plane"
     edge = np.minimum(np.maximum(edge, t0), t1)
     return (edge, t1) if keep_far else (t0, edge)
@@ -83,73 +115,107 @@ def clip_interval(
 # %% ../../nbs/1_phantom/10_geometry.ipynb #d2e5cc29
 @dataclass
 class Tube:
-    "A tube along y with an elliptic, varying section"
-    rows:np.ndarray # (n, 5): y, half width in x, half depth in z, x and z of the section's middle; y rises
-    thin:float=1. # Its cortex, as a share of the bone's; a number, or one for each row
-    less:float=0. # By how much it is smaller than its rows
-    def sized(self, factor, about): return replace(self, rows=self.rows*factor+(1-factor)*np.array([about[1], 0, 0, about[0], about[2]]))
-    def shrunk(self, by): return self.sharing(replace(self, less=self.less+by), slice(None))
-    def kept(self, point, normal):
-        left = np.flatnonzero(self.along(normal)[2]>normal@point)
-        return self.sharing(self, slice(max(left[0]-1, 0), left[-1]+2)) if len(left) else None
-    def sharing(self, other, rows):                                   # the table is worked out once
+    "A tube along y with an elliptic, varying cross-section"
+    rows:np.ndarray # (n, 5), mm, rising y: y, half width in x, half depth in z, x and z of the section's center
+    cortex_scale:float=1. # Thickness of its cortex, relative to the bone's: a number, or one for each row
+    inset_mm:float=0. # How far its surface lies inside `rows`
+
+    def scaled(self, factor, about):
+        "The tube scaled about a point"
+        shift = (1-factor)*np.array([about[1], 0, 0, about[0], about[2]])
+        return replace(self, rows=self.rows*factor+shift)
+
+    def inset(self, by):
+        "The tube with its surface `by` mm further in"
+        return self.share_table(replace(self, inset_mm=self.inset_mm+by), slice(None))
+
+    def clip_plane(self, point, normal):
+        "The part of the tube before a plane, by whole sections, or None"
+        highest = self.section_extents(normal)[2]
+        left = np.flatnonzero(highest>normal@point)
+        return self.share_table(self, slice(max(left[0]-1, 0), left[-1]+2)) if len(left) else None
+
+    def share_table(self, other, rows):
+        "A copy of `other` that uses rows of this tube's table, which is computed once"
         other = replace(other)
         other.table = self.table[:, rows]
         return other
+
     @cached_property
-    def table(self): # y, then the sections at every quarter of a millimetre, their corners smoothed, then the cortex's share
+    def table(self):
+        "(6, n) at every quarter of a millimeter: y, half axes, center, cortex scale; corners smoothed"
         y = np.arange(self.rows[0, 0], self.rows[-1, 0]+.25, .25)
-        columns = [*self.rows[:, 1:].T, np.broadcast_to(self.thin, len(self.rows))]
-        smooth = cv2.GaussianBlur(np.stack([np.interp(y, self.rows[:, 0], c) for c in columns]), (41, 1), 10, borderType=cv2.BORDER_REPLICATE)
+        columns = [*self.rows[:, 1:].T, np.broadcast_to(self.cortex_scale, len(self.rows))]
+        values = np.stack([np.interp(y, self.rows[:, 0], c) for c in columns])
+        smooth = cv2.GaussianBlur(values, (41, 1), 10, borderType=cv2.BORDER_REPLICATE)
         return np.vstack([y, smooth])
+
     @cached_property
-    def sections(self): # y, half axes, each smaller by `less`, and middles
-        y,a,b,x,z,thin = self.table
-        return y, np.maximum(a-self.less*thin, .1), np.maximum(b-self.less*thin, .1), x, z
-    def along(self, d): # y, and from where to where each section reaches in a direction
-        y,a,b,x,z = self.sections
-        middle, half = d@np.stack([x, y, z]), np.hypot(d[..., :1]*a, d[..., 2:]*b)
+    def sections(self):
+        "y, half axes a and b after the inset, x and z of the centers"
+        y, a, b, x, z, cortex_scale = self.table
+        inset = self.inset_mm*cortex_scale
+        return y, np.maximum(a-inset, .1), np.maximum(b-inset, .1), x, z
+
+    def section_extents(self, d):
+        "y, and the lowest and highest q.d of each section"
+        y, a, b, x, z = self.sections
+        middle = d@np.stack([x, y, z])
+        half = np.hypot(d[..., :1]*a, d[..., 2:]*b)
         return y, middle-half, middle+half
-    def reach(self, d):
-        _,low,high = self.along(d)
+
+    def extent(self, d):
+        "Lowest and highest q.d for a direction (3,) or several (n, 3)"
+        _, low, high = self.section_extents(d)
         return low.min(-1), high.max(-1)
-    def span(self, beam):
-        dx,dy,dz = beam.axes[2]
+
+    def ray_interval(self, beam):
+        "Depths (h, w) at which each ray enters and leaves; equal where it misses"
+        dx, dy, dz = beam.axes[2]
         d = max(dx*dx+dz*dz, 1e-6)
-        y,a,b,x,z = self.sections
+        y, a, b, x, z = self.sections
         p, q = dx/a**2, dz/b**2
         h = 1/(p*dx+q*dz)
-        table = np.stack([h, (h/a/b)**2, x*dz-z*dx, h*(p*x+q*z), h*(p*dz-q*dx)/d]).astype(np.float32)
-        s, e, w = (beam.form(np.array(f)) for f in ((-dy*dx/d, 1, -dy*dz/d), (dz, 0, -dx), (dx/d, 0, dz/d)))
-        at = ((s-float(y[0]-.125))*4).astype(np.intp)
-        h, g, c, k, m = (np.take(t, at, mode='clip') for t in table)
+        table = [h, (h/a/b)**2, x*dz-z*dx, h*(p*x+q*z), h*(p*dz-q*dx)/d]
+        table = np.stack(table).astype(np.float32)
+        s = beam.project(np.array((-dy*dx/d, 1, -dy*dz/d)))           # height of the nearest section
+        e = beam.project(np.array((dz, 0, -dx)))                      # across the ray
+        w = beam.project(np.array((dx/d, 0, dz/d)))                   # along the ray
+        index = ((s-float(y[0]-.125))*4).astype(np.intp)
+        h, g, c, k, m = (np.take(t, index, mode='clip') for t in table)
         c -= e
         half = np.maximum(h-g*c*c, 0)
         np.sqrt(half, out=half)
         k -= w+m*e
         up = np.array([0, 1., 0])
-        return clip_interval(*clip_interval(k-half, k+half, *beam.crossing(up, float(y[0]))), *beam.crossing(-up, -float(y[-1])))
+        above = clip_interval(k-half, k+half, *beam.plane_depth(up, float(y[0])))
+        return clip_interval(*above, *beam.plane_depth(-up, -float(y[-1])))
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #b1bebb96
 def sort_network(
     values:list, # Arrays of one shape
-)->list: # Of such arrays
-    "At each pixel the same numbers, in order, by Batcher's network of exchanges"
+)->list: # Arrays of that shape, sorted at each pixel
+    "Sort several arrays pixel by pixel, by Batcher's sorting network"
     values, n = list(values), len(values)
     steps = [1<<k for k in range(max(n-1, 0).bit_length())]
     for p in steps:
-        for k in [o for o in reversed(steps) if o<=p]:
+        for k in [step for step in reversed(steps) if step<=p]:
             for j in range(k%p, n-k, 2*k):
                 for i in range(j, min(j+k, n-k)):
-                    if i//(2*p)==(i+k)//(2*p): values[i], values[i+k] = np.minimum(values[i], values[i+k]), np.maximum(values[i], values[i+k])
+                    if i//(2*p)!=(i+k)//(2*p): continue
+                    low = np.minimum(values[i], values[i+k])
+                    values[i+k] = np.maximum(values[i], values[i+k])
+                    values[i] = low
     return values
 
+# %% ../../nbs/1_phantom/10_geometry.ipynb #e1a0b003
 def union_length(
-    intervals, # Intervals (t0, t1), all of one shape
+    intervals:list, # Pairs (t0, t1) of arrays of one shape
 )->np.ndarray: # Length of their union on each ray
     "How far each ray runs inside at least one body"
     if not intervals: return 0
-    starts, ends = sort_network([t0 for t0,_ in intervals]), sort_network([np.maximum(*o) for o in intervals])
+    starts = sort_network([t0 for t0,_ in intervals])
+    ends = sort_network([np.maximum(*o) for o in intervals])
     length = ends[-1]-starts[0]
     for end,start in zip(ends, starts[1:]): length -= np.maximum(start-end, 0)
     return length
@@ -157,93 +223,125 @@ def union_length(
 # %% ../../nbs/1_phantom/10_geometry.ipynb #3faf4f3f
 @dataclass
 class Part:
-    "Something that casts a shadow: bodies, less others, on one side of its cuts, moved"
-    part:str # `humerus`, `ulna`, `radius`, `muscle`, `skin`, `fat` or `fluid`
-    bodies:list # What it is made of
-    carved:tuple=() # What is taken out of it
-    cuts:tuple=() # (point, normal, gap, jag): only the side to which the normal points is left
-    turn:np.ndarray=field(default_factory=lambda: np.eye(3)) # Its motion: first turned about the origin ...
-    shift:np.ndarray=field(default_factory=lambda: np.zeros(3)) # ... then shifted
-    shell:float=0. # Thickness of its cortex
-    def moved(self, rotation, translation=(0, 0, 0), about=(0, 0, 0)): # `turn` about a point, then `shift`, after its motion so far
-        return replace(self, turn=rotation@self.turn, shift=rotation@(self.shift-about)+about+translation)
-    def side(self, point, normal, gap=1., jag=0.): # what is left beyond a plane, less half the gap
-        point, n = np.array(point, float), np.array(normal)/np.linalg.norm(normal)
-        kept = [o.kept(point-2*abs(jag)*n, n) for o in self.bodies]
-        return replace(self, bodies=[o for o in kept if o], cuts=(*self.cuts, (point, n, gap/2, jag)))
-    def cut(self, point, normal, gap=1., jag=0.): # the two pieces on either side of a plane: that of the normal first
+    "Bodies without holes, on one side of cut planes, moved to a pose"
+    structure:str # `humerus`, `ulna`, `radius`, `muscle`, `skin`, `fat` or `fluid`
+    bodies:list # Ellipsoids and tubes that it consists of
+    holes:tuple=() # Bodies that are taken out
+    cut_planes:tuple=() # (point, normal, gap, jag): only the side to which the normal points is left
+    rotation:np.ndarray=field(default_factory=lambda: np.eye(3)) # Its pose: first rotated about the origin ...
+    translation:np.ndarray=field(default_factory=lambda: np.zeros(3)) # ... then translated, mm
+    cortex_thickness:float=0. # mm; 0 for a solid
+
+    def moved(self, rotation, translation=(0, 0, 0), about=(0, 0, 0)):
+        "The part rotated about a point, then translated, after its pose so far"
+        moved_to = rotation@(self.translation-about)+about+translation
+        return replace(self, rotation=rotation@self.rotation, translation=moved_to)
+
+    def side(self, point, normal, gap=1., jag=0.):
+        "What is left on the side of a plane to which the normal points, without half the gap"
+        point = np.array(point, float)
+        normal = np.array(normal)/np.linalg.norm(normal)
+        margin = point-2*abs(jag)*normal
+        clipped = [body.clip_plane(margin, normal) for body in self.bodies]
+        cut_planes = (*self.cut_planes, (point, normal, gap/2, jag))
+        return replace(self, bodies=[o for o in clipped if o], cut_planes=cut_planes)
+
+    def cut(self, point, normal, gap=1., jag=0.):
+        "The two parts on either side of a plane: that of the normal first"
         return self.side(point, normal, gap, jag), self.side(point, -np.array(normal), gap, -jag)
-    def point(self, q): return self.turn@np.array(q)+self.shift
-    def reach(self, d):
-        low, high = zip(*[o.reach(d@self.turn) for o in self.bodies])
-        return np.min(low, 0)+d@self.shift, np.max(high, 0)+d@self.shift
-    def middle(self): return np.mean(self.reach(np.eye(3)), 0)        # of the box around it
+
+    def point(self, q):
+        "Where the pose moves a point"
+        return self.rotation@np.array(q)+self.translation
+
+    def extent(self, d):
+        "Lowest and highest q.d for a direction (3,) or several (n, 3)"
+        low, high = zip(*[body.extent(d@self.rotation) for body in self.bodies])
+        return np.min(low, 0)+d@self.translation, np.max(high, 0)+d@self.translation
+
+    def middle(self):
+        "The center of its bounding box"
+        return np.mean(self.extent(np.eye(3)), 0)
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #86e71ddc
 def bounding_window(
-    body, # What casts a shadow: a body or a piece
+    body, # An ellipsoid, a tube or a part
     beam:Beam, # The rays
 )->tuple: # Slices of rows and columns
-    "The part of the film that it reaches"
-    at = beam.axes[:2]@beam.origin
-    (left, top), (right, bottom) = (o-at for o in body.reach(beam.axes[:2]))
-    def within(grid, *ends):
-        first, last = np.searchsorted(grid.ravel(), ends).tolist()
+    "The window of the image that its projection lies in"
+    origin = beam.axes[:2]@beam.origin
+    low, high = body.extent(beam.axes[:2])
+    left, top = low-origin
+    right, bottom = high-origin
+    def within(grid, start, stop):
+        first, last = np.searchsorted(grid.ravel(), (start, stop)).tolist()
         return slice(max(first-1, 0), min(last+1, grid.size))
     return within(beam.v, top, bottom), within(beam.u, left, right)
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #f24bad8a
 def fracture_surface(
-    cut_plane:tuple, # Of a piece
-    beam:Beam, # Rays in the piece's own frame
-)->tuple: # Where each ray crosses the break, whether the part behind it is left
-    "A break with teeth"
+    cut_plane:tuple, # (point, normal, gap, jag) of a part
+    beam:Beam, # Rays in the part's own coordinates
+)->tuple: # Depth at which each ray crosses the fracture, and whether the part behind it is left
+    "A plane with teeth"
     point, normal, gap, jag = cut_plane
     right, down = (beam.axes[:2]@normal).tolist()
-    w = (beam.u*down if abs(down)>abs(right) else beam.v*right)+float(point.sum())
-    return beam.crossing(normal, float(normal@point+gap)-jag*(np.sin(w*.45)+.5*np.sin(w*1.1+1)+.2*np.sin(w*2.3)))
+    along = beam.u*down if abs(down)>abs(right) else beam.v*right
+    w = along+float(point.sum())
+    teeth = np.sin(w*.45)+.5*np.sin(w*1.1+1)+.2*np.sin(w*2.3)
+    return beam.plane_depth(normal, float(normal@point+gap)-jag*teeth)
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #ce7293b0
 def windowed_interval(
     body, # An ellipsoid or a tube
     body_window:tuple, # Its window
-    target_window:tuple, # The part of the film that is wanted
-    beam:Beam, # Rays of the film
-    fracture_surfaces=(), # Breaks that `jagged` made of the part's rays
-)->np.ndarray: # (2, h, w): where each ray of the part enters and leaves
-    "A body's interval on each ray, worked out in its window only"
-    met = tuple(slice(max(a.start, b.start), max(min(a.stop, b.stop), a.start, b.start)) for a,b in zip(body_window, target_window))
-    at = tuple(slice(a.start-b.start, a.stop-b.start) for a,b in zip(met, target_window))
-    t, full = body.span(beam.crop(*met)), np.zeros((2, *(o.stop-o.start for o in target_window)), np.float32)
-    for edge,onwards in fracture_surfaces: t = clip_interval(*t, edge[at], onwards)
-    full[0][at], full[1][at] = t
+    target_window:tuple, # The window to compute
+    beam:Beam, # Rays of the image
+    fracture_surfaces=(), # What `fracture_surface` gives for the target window
+)->np.ndarray: # (2, h, w): depth at which each ray of the target window enters and leaves
+    "A body's interval on each ray, computed only where its own window meets the target window"
+    met = []
+    for own,target in zip(body_window, target_window):
+        start = max(own.start, target.start)
+        met.append(slice(start, max(min(own.stop, target.stop), start)))
+    inside = tuple(slice(m.start-t.start, m.stop-t.start) for m,t in zip(met, target_window))
+    t = body.ray_interval(beam.crop(*met))
+    for edge,keep_far in fracture_surfaces: t = clip_interval(*t, edge[inside], keep_far)
+    full = np.zeros((2, *(o.stop-o.start for o in target_window)), np.float32)
+    full[0][inside], full[1][inside] = t
     return full
 
+# %% ../../nbs/1_phantom/10_geometry.ipynb #e1a0b004
 def bounding_union(
-    windows:list, # Windows
-)->tuple: # One window
-    "What holds them all"
+    windows:list, # Pairs of slices
+)->tuple: # One pair of slices
+    "The smallest window that holds several windows"
     return tuple(slice(min(o.start for o in axis), max(o.stop for o in axis)) for axis in zip(*windows))
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #3a0057d8
 def path_length(
-    body_part:Part, # What casts it
-    beam:Beam, # The rays of the whole film
-    strip:int=160, # Rows of the film at a time
-)->tuple: # Window, length inside the piece, length inside its marrow
-    "How far each ray of the piece's window runs through it"
-    rays, shell = beam.local(body_part.turn, body_part.shift), body_part.shell
-    solids = [(bounding_window(o, rays), o, o.shrunk(shell)) for o in body_part.bodies]
-    holes = [(bounding_window(wide, rays), o, wide) for o,wide in ((o, o.shrunk(-shell)) for o in body_part.carved)]
-    place = bounding_union([o[0] for o in solids] or [(slice(0, 0), slice(0, 0))])
-    lengths = np.zeros((2, *(o.stop-o.start for o in place)), np.float32)
-    for top in range(place[0].start, place[0].stop, strip):
-        here, gone = ([o for o in bodies if o[0][0].start<top+strip and o[0][0].stop>top] for bodies in (solids, holes))
-        if not here: continue
-        rows, cols = bounding_union([o[0] for o in here])
-        part = slice(max(top, rows.start), min(top+strip, rows.stop)), cols
-        sides, at = [fracture_surface(c, rays.crop(*part)) for c in body_part.cuts], tuple(slice(a.start-b.start, a.stop-b.start) for a,b in zip(part, place))
-        for k in (1, 2) if shell else (1,):
-            out = [windowed_interval(o[k], o[0], part, rays) for o in gone]
-            lengths[k-1][at] = union_length([windowed_interval(o[k], o[0], part, rays, sides) for o in here]+out)-union_length(out)
-    return place, *lengths
+    body_part:Part,
+    beam:Beam, # The rays of the whole image
+    strip:int=160, # Rows of the image to compute at a time
+)->tuple: # Window; (h, w) mm inside the part; (h, w) mm inside its marrow
+    "How far each ray runs inside a part"
+    rays = beam.local(body_part.rotation, body_part.translation)
+    thickness = body_part.cortex_thickness
+    solids = [(bounding_window(o, rays), o, o.inset(thickness)) for o in body_part.bodies]
+    enlarged = [(o, o.inset(-thickness)) for o in body_part.holes]
+    holes = [(bounding_window(wide, rays), o, wide) for o,wide in enlarged]
+    window = bounding_union([o[0] for o in solids] or [(slice(0, 0), slice(0, 0))])
+    lengths = np.zeros((2, *(o.stop-o.start for o in window)), np.float32)
+    for top in range(window[0].start, window[0].stop, strip):
+        def in_strip(bodies): return [o for o in bodies if o[0][0].start<top+strip and o[0][0].stop>top]
+        solids_here, holes_here = in_strip(solids), in_strip(holes)
+        if not solids_here: continue
+        rows, cols = bounding_union([o[0] for o in solids_here])
+        target = slice(max(top, rows.start), min(top+strip, rows.stop)), cols
+        inside = tuple(slice(t.start-w.start, t.stop-w.start) for t,w in zip(target, window))
+        surfaces = [fracture_surface(c, rays.crop(*target)) for c in body_part.cut_planes]
+        for k in (1, 2) if thickness else (1,):                       # outer surface, marrow
+            removed = [windowed_interval(o[k], o[0], target, rays) for o in holes_here]
+            solid = [windowed_interval(o[k], o[0], target, rays, surfaces) for o in solids_here]
+            lengths[k-1][inside] = union_length(solid+removed)-union_length(removed)
+    return window, *lengths

@@ -137,16 +137,14 @@ def mmd_panel(
         ax.axhline(noise, ls=DASHES['mmd2'], color=color, lw=1.2, label='MMD² of noise')
     if positive.all(): mark_best(ax, epochs, values, np.argmin(values), color)
     bottom, top = ax.get_ylim()
-    ax.set_ylim(min(bottom, top/12),
-                top)                           # at least a decade: a flat curve looks flat
+    bottom = min(bottom, top/12)  # at least a decade: a flat curve looks flat
+    ax.set_ylim(bottom, top)
     if len(not_positive):
         ax.plot(not_positive, np.zeros(len(not_positive)), 'v', mfc='none', color=color,
-                clip_on=False,
-                transform=ax.get_xaxis_transform(), label='zero or below')
+                clip_on=False, transform=ax.get_xaxis_transform(), label='zero or below')
     elif not positive.any():
-        ax.text(.5, .5, 'fewer than two different images:\nno distance between sets', ha='center',
-                va='center',
-                transform=ax.transAxes)
+        ax.text(.5, .5, 'fewer than two different images:\nno distance between sets',
+                ha='center', va='center', transform=ax.transAxes)
 
 # %% ../../nbs/6_report/81_figures.ipynb #47f2cd14
 def similarity_panel(
@@ -335,8 +333,7 @@ def plot_model_comparison(
         legend = comparison_panels(axes, summary, models, noise, last_main_epochs)
         labels = sorted(legend, key=_legend_order)
         upper.legend([legend[label] for label in labels], labels, loc='outside lower center',
-                     ncols=len(labels),
-                     fontsize=7.5, columnspacing=1.2)
+                     ncols=len(labels), fontsize=7.5, columnspacing=1.2)
         if not run: return fig
         shown, titles = [], []
         for model in models:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRIC_NAMES', 'METRIC_VARIANTS', 'PLACE_PARAMETERS', 'model_names', 'format_score', 'read_stage_files',
-           'stage_values', 'is_simulated', 'data_source_text', 'small_base_models', 'short_value', 'changed_values',
-           'run_summary_text', 'open_run', 'read_rejects', 'normal_pairs', 'table1', 'noise_scores',
+           'stage_values', 'is_simulated', 'data_source_text', 'small_base_models', 'short_value', 'stage_defaults',
+           'changed_values', 'run_summary_text', 'open_run', 'read_rejects', 'normal_pairs', 'table1', 'noise_scores',
            'checkpoint_selection_table', 'training_seed', 'seed_table', 'ranking', 'ranking_text', 'coverage_text',
            'model_summary_text', 'format_interval', 'interval_table', 'limitations_text']
 
@@ -14,14 +14,15 @@ import json
 import numpy as np, pandas as pd
 from pathlib import Path
 from ..core import require_path, root
-from ..stages import stages
+from ..stages import Stage, option_defaults, stages
 from ..paper import MODEL_NAMES, PAPER_TABLE1
 from ..data.labels import read_pairs
+from ..diffusion.settings import CONFIGS
 
 # %% ../../nbs/6_report/80_run_summary.ipynb #bb8dc727
 METRIC_NAMES = {'ssim': 'SSIM', 'ms_ssim': 'MS-SSIM', 'mmd2': 'MMD²'}
-METRIC_VARIANTS = METRIC_NAMES | {'mmd2': 'MMD² (median)',
-                             'mmd2_paper_unit_sigma10': 'MMD² (paper_unit_sigma10)'}
+METRIC_VARIANTS = METRIC_NAMES | {
+    'mmd2': 'MMD² (median)', 'mmd2_paper_unit_sigma10': 'MMD² (paper_unit_sigma10)'}
 
 def model_names(
     models, # Folders of models
@@ -89,15 +90,26 @@ def short_value(
     if isinstance(value, list): return ', '.join(map(str, value))
     return str(value)
 
+def stage_defaults(
+    stage:Stage, # A stage
+)->dict: # Parameter to default, and option to default
+    "The defaults of a stage's parameters and of its options"
+    options = option_defaults(stage)
+    if stage.name in CONFIGS:
+        options = {name: getattr(CONFIGS[stage.name], name) for name in options}
+    return {k: v for k, v in stage.defaults.items() if k!='options'} | options
+
 def changed_values(
     values:dict[str,dict], # As returned by `stage_values`
 )->pd.DataFrame: # stage, parameter, notebook's default, this run
-    "The parameters in which a run differs from the notebooks"
+    "The parameters and options in which a run differs from the notebooks"
     rows = []
     for stage in stages(root()/'nbs'):
         if stage.name not in values: continue
-        for parameter, default in stage.defaults.items():
-            value = values[stage.name].get(parameter, default)
+        given = values[stage.name] | values[stage.name].get('options', {})
+        for parameter, default in stage_defaults(stage).items():
+            if isinstance(default, tuple): default = list(default)
+            value = given.get(parameter, default)
             if parameter in PLACE_PARAMETERS or value==default: continue
             rows.append((stage.name, parameter, short_value(default), short_value(value)))
     return pd.DataFrame(rows, columns=['stage', 'parameter', "notebook's default", 'this run'])
@@ -113,17 +125,17 @@ def run_summary_text(
     sizes = {}
     for subset in ('train', 'test'):
         t = pairs[pairs.split==subset]
-        sizes[subset] = (f'{len(t)} pairs from {t.image.nunique()} images of {t.patient.nunique()} '
-                         'patients')
+        n_images, n_patients = t.image.nunique(), t.patient.nunique()
+        sizes[subset] = f'{len(t)} pairs from {n_images} images of {n_patients} patients'
     data = (f'A pair is a radiograph with one of its pathologies. Training set: {sizes["train"]}. '
             f'Test set: {sizes["test"]}; no patient is in both.')
     models = f'Models with samples: **{model_names(metrics_info["models"])}**.'
     if metrics_info['missing_models']:
-        models += (' Not run, or without samples yet: '
-                   f'{model_names(metrics_info["missing_models"])}.')
+        missing = model_names(metrics_info['missing_models'])
+        models += f' Not run, or without samples yet: {missing}.'
     size, extractor = metrics_info['size'], metrics_info['extractor']
-    scoring = (f'Images were scored at {size} x {size} pixels. The feature extractor of MMD is '
-               f'**{extractor}**')
+    scoring = f'Images were scored at {size} x {size} pixels. '
+    scoring += f'The feature extractor of MMD is **{extractor}**'
     if extractor.startswith('resnet50'): scoring += '.'
     else: scoring += ", not the paper's ResNet-50: this MMD must not be compared with the paper's."
     paragraphs = [f'# Synthetic elbow radiographs: run {Path(run).name}', data_source_text(values),
@@ -159,8 +171,8 @@ def normal_pairs(
 )->pd.DataFrame: # Two rows, or fewer if there are fewer
     "Normal radiographs of two patients, one view and side if possible"
     normal = pairs[pairs.pathology=='normal']
-    candidates = [normal[(normal.view==view) & (normal.side==side)] for view in ('LAT', 'AP')
-                  for side in ('L', 'R')]
+    candidates = [normal[(normal.view==view) & (normal.side==side)]
+                  for view in ('LAT', 'AP') for side in ('L', 'R')]
     candidates += [normal[normal.view=='LAT'], normal]
     for t in candidates:
         two = t.drop_duplicates('patient').head(2)
@@ -180,12 +192,11 @@ def table1(
         paper_score, paper_improvement = np.nan, np.nan
         if o.model in PAPER_TABLE1.get(o.metric, {}):
             paper_score, paper_improvement, _ = PAPER_TABLE1[o.metric][o.model]
-        rows.append((METRIC_VARIANTS[o.metric], MODEL_NAMES.get(o.model, o.model),
-                     format_score(o.score, o.metric, ''),
-                     format_score(o.noise_improvement, '', ''), o.epoch, o.n_pairs,
-                     format_score(o.noise_score, o.metric, ''),
-                     format_score(paper_score, o.metric, ''),
-                     format_score(paper_improvement, '', '')))
+        rows.append((
+            METRIC_VARIANTS[o.metric], MODEL_NAMES.get(o.model, o.model),
+            format_score(o.score, o.metric, ''), format_score(o.noise_improvement, '', ''),
+            o.epoch, o.n_pairs, format_score(o.noise_score, o.metric, ''),
+            format_score(paper_score, o.metric, ''), format_score(paper_improvement, '', '')))
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/6_report/80_run_summary.ipynb #3d08b7fd
@@ -285,8 +296,8 @@ def ranking_text(
             try: order = model_names(ranking(table, metric, task)).replace(', ', ', then ')
             except ValueError as e: reason = str(e)
             else: lines.append(f'- By {METRIC_NAMES[metric]} ({task}, means over seeds): {order}.')
-    return ('\n'.join(lines)
-            or f'**The order of the models in these tables is no ranking**: {reason}.')
+    if lines: return '\n'.join(lines)
+    return f'**The order of the models in these tables is no ranking**: {reason}.'
 
 # %% ../../nbs/6_report/80_run_summary.ipynb #a44becae
 def coverage_text(
@@ -324,8 +335,8 @@ def model_summary_text(
         text += (f'**It started from `{Path(base_model).name}`, a small base model: its images '
                  'test the pipeline, not what the method can do.**')
     elif base_model:
-        text += ('It started from '
-                 f'`{Path(base_model).name if base_model.startswith("/") else base_model}`.')
+        name = Path(base_model).name if base_model.startswith('/') else base_model
+        text += f'It started from `{name}`.'
     return heading+text
 
 # %% ../../nbs/6_report/80_run_summary.ipynb #f9a50b40
@@ -378,19 +389,18 @@ def limitations_text(
                      'images test the pipeline, not the quality that the method can reach.')
     if inpainting_models:
         notes.append('The similarity of an inpainted image to its original is mostly that of '
-                     'copied pixels. It must not be compared with that of a '
-                     'fully generated image. An inpainted image is not anonymous: outside the mask '
-                     'it is the original.')
+                     'copied pixels. It must not be compared with that of a fully generated image. '
+                     'An inpainted image is not anonymous: outside the mask it is the original.')
     if set(models)-set(inpainting_models):
         notes.append('All GANs generate an image without the original. Its SSIM to the original '
                      'measures how similar two elbows are, more than how realistic the image is.')
     notes.append(f'There are {metrics_info["n_pairs"]} test pairs, with one synthetic image each. '
                  'Intervals are over patients and do not include the variation between trainings. '
                  'In the table of best scores, the checkpoint was selected on the same test pairs; '
-                 'a separate table gives the checkpoint selected by '
-                 'validation patients, where there are any.')
+                 'a separate table gives the checkpoint selected by validation patients, where '
+                 'there are any.')
     notes.append(f'MMD was measured with {metrics_info["extractor"]}, trained on photographs. '
                  '`median` is its unbiased square with the bandwidth fitted to the test images; '
-                 "`paper_unit_sigma10` is the reading of the paper that comes nearest to its "
-                 "numbers.")
+                 '`paper_unit_sigma10` is the reading of the paper that comes nearest to its '
+                 'numbers.')
     return '\n'.join(f'- {n}' for n in notes)

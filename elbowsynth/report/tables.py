@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['GAN_CONFIGS', 'PROFILES', 'MAIN_TABLES', 'ADDITIONAL_TABLES', 'ROW_FILTERS', 'LAYOUTS', 'SIDE_EXPERIMENTS',
            'format_cell', 'as_markdown', 'first_of_type', 'layer_description', 'network_rows', 'networks',
-           'architecture', 'format_value', 'field_descriptions', 'gan_settings', 'table7', 'run_facts', 'is_result',
-           'collect_results', 'read_results', 'base_models_text', 'score_values', 'paper_values', 'run_values',
-           'best_model_text', 'table2', 'count_with_share', 'table3', 'cost_table', 'readme_table', 'readme_image',
-           'model_cards', 'figure_captions', 'figure_text', 'final_checkpoint_rows', 'models_as_columns',
-           'subgroup_table', 'set_metrics_table', 'diversity_table', 'merge_intervals', 'round_cells',
-           'constant_metadata', 'additional_table', 'side_experiment', 'additional_tables_text', 'run_tables']
+           'architecture', 'format_value', 'field_descriptions', 'gan_settings', 'table7', 'shorten_path', 'run_facts',
+           'is_result', 'collect_results', 'read_results', 'base_models_text', 'score_values', 'paper_values',
+           'run_values', 'best_model_text', 'table2', 'count_with_share', 'table3', 'cost_table', 'readme_table',
+           'readme_image', 'model_cards', 'figure_captions', 'figure_text', 'final_checkpoint_rows',
+           'models_as_columns', 'subgroup_table', 'set_metrics_table', 'diversity_table', 'merge_intervals',
+           'round_cells', 'constant_metadata', 'additional_table', 'side_experiment', 'additional_tables_text',
+           'run_tables']
 
 # %% ../../nbs/6_report/82_tables.ipynb #a2b647e2
 import json, re, shutil
@@ -154,9 +155,10 @@ def gan_settings(
     "The settings in Tables 4 to 6"
     config = GAN_CONFIGS[model]
     descriptions = field_descriptions(type(config))
-    rows = [(field, descriptions[field], format_value(getattr(config, field)),
-             format_value(paper_value))
-            for field, paper_value in GAN_SETTINGS[model].items()]
+    rows = []
+    for field, paper_value in GAN_SETTINGS[model].items():
+        value = format_value(getattr(config, field))
+        rows.append((field, descriptions[field], value, format_value(paper_value)))
     return pd.DataFrame(rows, columns=['Parameter', 'Description', 'Here', 'Paper'])
 
 # %% ../../nbs/6_report/82_tables.ipynb #10d1ee66
@@ -176,28 +178,34 @@ def table7(
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/6_report/82_tables.ipynb #59b491b9
+def shorten_path(
+    value, # Of a parameter
+): # The last part of an absolute path; else `value`
+    "Remove the folders of an absolute path"
+    return Path(value).name if isinstance(value, str) and value.startswith('/') else value
+
 def run_facts(
     run:Path, # Folder of the run
 )->dict: # run, counts, classes, values, seconds, versions
     "What a run was: numbers of pairs, images and patients, settings, times"
     run = Path(run)
     pairs = read_pairs(run/'split')
-    counts = {subset: {'n_pairs': len(t), 'n_images': t.image.nunique(),
-                       'n_patients': t.patient.nunique()}
-              for subset, t in pairs.groupby('split')}
+    counts = {}
+    for subset, t in pairs.groupby('split'):
+        counts[subset] = {'n_pairs': len(t), 'n_images': t.image.nunique(),
+                          'n_patients': t.patient.nunique()}
     classes = pairs.groupby(['pathology', 'split']).size().unstack(fill_value=0).to_dict('index')
     stage_files = read_stage_files(run)
     values = {}
     for stage in stage_files:
-        values[stage['name']] = {k: Path(v).name if isinstance(v, str) and v.startswith('/') else v
-                                 for k, v in stage['values'].items()}
+        values[stage['name']] = {name: shorten_path(v) for name, v in stage['values'].items()}
     seconds = {}
     for path in sorted((run/'logs').glob('*.json')):
         duration = json.loads(path.read_text()).get('seconds')
         if duration is not None and path.stem in values: seconds[path.stem] = duration
+    versions = stage_files[0]['versions'] if stage_files else {}
     return {'run': run.name, 'counts': counts, 'classes': classes, 'values': values,
-            'seconds': seconds,
-            'versions': stage_files[0]['versions'] if stage_files else {}}
+            'seconds': seconds, 'versions': versions}
 
 # %% ../../nbs/6_report/82_tables.ipynb #ad9ce250
 def is_result(
@@ -257,9 +265,11 @@ def base_models_text(
     return text
 
 # %% ../../nbs/6_report/82_tables.ipynb #695ec5e0
-PROFILES = {'smoke.minutes': 'under five minutes', 'demo.minutes': 'under 15 minutes',
-            'demo.patients': 60,
-            'finetuning_effect.minutes': 'under an hour'}
+PROFILES = {
+    'smoke.minutes': 'under five minutes',
+    'demo.minutes': 'under 15 minutes',
+    'demo.patients': 60,
+    'finetuning_effect.minutes': 'under an hour'}
 
 # %% ../../nbs/6_report/82_tables.ipynb #9a56ddd3
 def score_values(
@@ -395,8 +405,8 @@ def readme_table(
     n_pairs = best.groupby('model').n_pairs.max().to_dict()
     rows = []
     for model, name in MODEL_NAMES.items():
-        row = {'Model': name, 'Generates': 'inside a mask' if model in ('sdxl', 'flux')
-               else 'full image'}
+        generates = 'inside a mask' if model in ('sdxl', 'flux') else 'full image'
+        row = {'Model': name, 'Generates': generates}
         for metric, label in columns.items():
             row[f'Paper: {label}'] = format_score(PAPER_TABLE1[metric][model].score, metric)
         for metric, label in columns.items():
@@ -439,17 +449,15 @@ def figure_captions(
         'normal_examples': "Two normal elbows (compare the paper's Figure 2)",
         'model_comparison': 'SDXL and FLUX side by side: scores by epoch and one test pair '
                             "(compare the paper's Figure 3)",
-        'final_samples': "One test pair inpainted by SDXL and by FLUX (compare the paper's Figure "
-                         "9)",
+        'final_samples': 'One test pair inpainted by SDXL and by FLUX '
+                         "(compare the paper's Figure 9)",
         'table1': 'Best scores, and noise as a gray tick: this run in the left panels, with MMD² '
-                  'by '
-                  'the convention paper_unit_sigma10; the paper in the right ones'}
+                  'by the convention paper_unit_sigma10; the paper in the right ones'}
     for number, (model, name) in enumerate(MODEL_NAMES.items(), 4):
         in_paper = f"compare the paper's Figure {number}"
         captions[f'{model}-curves'] = (
             f'{name}: similarity on the left, MMD² on the right, noise dashed, epochs at the '
-            'boosted '
-            f'learning rate shaded ({in_paper})')
+            f'boosted learning rate shaded ({in_paper})')
         captions[f'{model}-samples'] = (
             f'{name}: images generated at each checkpoint, beside the original ({in_paper})')
     for model in ('sdxl', 'flux'):
