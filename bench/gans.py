@@ -15,7 +15,7 @@ from elbowsynth.gans.gan import (
     adam, cuda_graphed, label_cross_entropy, LABEL_FIELDS, maybe_compile, one_hot_labels,
     optimizer_step, UpConv)
 from elbowsynth.training import configure_device, NanGuard, to_tensor
-from results import digits, keep
+from results import round_to_4_digits, write_results
 
 FIELD_SIZES = [len(values) for values in LABEL_FIELDS.values()]
 PAPER = {'hours': 996, 'hours if 32 are those of the largest WGAN-GP': 320}
@@ -221,17 +221,17 @@ def main():
         elif on_cuda: n_steps = 20 if is_wgan else 200
         else: n_steps = 1 if is_wgan else 5
         measured = add_speedups(measure(model, variants, n_steps, args), args.batch_size)
-        for row in measured: print(digits(row), flush=True)
+        for row in measured: print(round_to_4_digits(row), flush=True)
         rows += measured
     settings = {'torch': torch.__version__, 'threads': torch.get_num_threads(), 'size': args.size, 'width': args.width,
                 'batch_size': args.batch_size, 'precision': 'TF32' if on_cuda else 'float32', 'repeats': args.repeats, 'paper': PAPER}
     if on_cuda and len(args.models)==3: settings['projected'] = projected_hours(rows, args.batch_size)
     if args.quick and not args.out: return
     table = [{'model': row['model'], 'variant': row['variant'], 'models in parallel': row['n_parallel'],
-              'ms per step (fastest to slowest)': '{ms:g} ({fastest_ms:g} to {slowest_ms:g})'.format(**digits(row)),
+              'ms per step (fastest to slowest)': '{ms:g} ({fastest_ms:g} to {slowest_ms:g})'.format(**round_to_4_digits(row)),
               'images per second': row['images_per_second'], 'peak memory, MiB': row['peak_mib'], 'speedup': row['speedup'],
               'speedup, fastest turns': row['speedup_fastest'], 'speedup, processor time': row['speedup_cpu']} for row in rows]
-    keep('gans', 'GANs', describe(settings), table, settings, rows, args.out)
+    write_results('gans', 'GANs', describe(settings), table, settings, rows, args.out)
 
 def describe(settings):
     "How it was measured, and the projected hours"

@@ -92,8 +92,8 @@ def _progress_bar(desc, total):
     "A bar on a terminal or in JupyterLab, and whether it is visible; in a log there is none"
     terminal, jupyter = sys.stderr.isatty(), 'JPY_SESSION_NAME' in os.environ
     visible, in_page = terminal or jupyter, jupyter and not terminal
-    nested = in_page and bool(tqdm._instances)          # JupyterLab cannot show one bar below another
-    stream = sys.stdout if in_page else sys.stderr      # JupyterLab shows stderr on a red background
+    nested = in_page and bool(tqdm._instances)        # JupyterLab cannot show one bar below another
+    stream = sys.stdout if in_page else sys.stderr     # JupyterLab shows stderr on a red background
     disable = not visible or nested
     return tqdm(total=total, desc=desc, disable=disable, leave=False, file=stream), visible
 
@@ -104,7 +104,7 @@ def progress(
     max_minutes:float=0, # Time limit in minutes; 0 for none
     log_every_s:float=None, # Seconds between two lines in a log; from the runner, or 15, if None
 ):
-    "Yield `items` with a progress bar or lines in a log; raise early if the loop would take too long"
+    "Yield `items` with a progress bar or log lines; raise early if the loop would take too long"
     if total is None: total = len(items)
     log_every_s = log_every_s or float(os.environ.get('ELBOWSYNTH_LOG_EVERY_S', 15))
     start = last_line = first_done = time.monotonic()
@@ -121,10 +121,11 @@ def progress(
             if max_minutes and check and remaining>60*max_minutes: raise TimeLimitExceeded(
                 f'{desc} would take about {format_duration(remaining)} on this machine, '
                 f'more than max_minutes={max_minutes:g}; fix: choose a smaller profile '
-                '(`make study PROFILE=demo`, `make lab PROFILE=demo`), or set max_minutes to 0 for no limit')
+                '(`make study PROFILE=demo`, `make lab PROFILE=demo`), '
+                'or set max_minutes to 0 for no limit')
             if not visible and i<total and now-last_line>log_every_s:
-                times = f'{format_duration(now-start)} so far, about {format_duration(remaining)} left'
-                print(f'{desc}: {i} of {total}, {times}', flush=True)
+                elapsed, left = format_duration(now-start), format_duration(remaining)
+                print(f'{desc}: {i} of {total}, {elapsed} so far, about {left} left', flush=True)
                 last_line = now
 
 # %% ../nbs/0_core/00_core.ipynb #2812dc11
@@ -143,14 +144,14 @@ def parallel_map(
         yield from map(f, items)
         return
     futures, switch_interval = deque(), sys.getswitchinterval()
-    sys.setswitchinterval(5e-5)                         # the default of 5 ms lets short computations wait
+    sys.setswitchinterval(5e-5)                   # the default of 5 ms lets short computations wait
     with ThreadPoolExecutor(n_threads) as pool:
         try:
             for item in items:
                 futures.append(pool.submit(f, item))
                 if len(futures)>2*n_threads: yield futures.popleft().result()
             while futures: yield futures.popleft().result()
-        finally:                                        # also when the consumer stops or an item fails
+        finally:                                     # also when the consumer stops or an item fails
             pool.shutdown(cancel_futures=True)
             sys.setswitchinterval(switch_interval)
 

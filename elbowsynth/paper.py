@@ -53,11 +53,12 @@ PAPER_TABLE1 = {
         'flux': PaperScore(6.914e-6, 424.483, 5e-10)}}
 
 # %% ../nbs/0_core/02_paper.ipynb #6b729fca
-MODEL_NAMES = {'wgan_gp': 'WGAN-GP', 'ac_gan': 'AC-GAN', 'tac_gan': 'TAC-GAN', 'sdxl': 'SDXL', 'flux': 'FLUX'}
+MODEL_NAMES = {
+    'wgan_gp': 'WGAN-GP', 'ac_gan': 'AC-GAN', 'tac_gan': 'TAC-GAN', 'sdxl': 'SDXL', 'flux': 'FLUX'}
 
 def table1_rows(
 )->list[tuple]: # Metric, model, `noise` or `mask`, score, improvement, rounding
-    "Table 1 as rows, with the noise that each model is compared with: images of noise, or noise in the mask"
+    "Table 1 as rows, with the kind of noise that each model is compared with"
     rows = []
     for metric,scores in PAPER_TABLE1.items():
         short_metric = 'mmd' if metric.startswith('mmd') else metric

@@ -108,8 +108,8 @@ def normalized_source(
     "Code without comments, docstrings and layout"
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        may_have_docstring = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
-        if not may_have_docstring: continue
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)): continue
+        if not node.body: continue
         first = node.body[0]
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             node.body = node.body[1:] or [ast.Pass()]
@@ -130,7 +130,7 @@ def public_names(
 
 # %% ../nbs/9_run/90_run.ipynb #d5e7dd34
 def _used_modules(module, names, attributes, library):
-    "Modules behind `from MODULE import NAMES`; of a whole package, those whose names are used as attributes"
+    "Modules behind `from MODULE import NAMES`; of a package, those whose names are used"
     folder = Path(library, *module.split('.')) if module else Path(library)
     if module and folder.with_suffix('.py').is_file(): return {module}
     if not folder.is_dir(): return set()
@@ -145,7 +145,7 @@ def _used_modules(module, names, attributes, library):
     return found
 
 def _imported_module(node, package):
-    "Name in the library of the module in `from MODULE import ...`; None if it is of another library"
+    "Module in `from MODULE import ...`, relative to the library; None if it is of another one"
     path = node.module.split('.') if node.module else []
     if node.level:
         parents = package.split('.') if package else []
@@ -156,10 +156,10 @@ def _imported_module(node, package):
 
 def imported_modules(
     source:str, # Python code
-    package:str='', # Subpackage of the source, such as `data`; empty for other modules and notebooks
+    package:str='', # Subpackage of the source, such as `data`; empty for a notebook
     library:Path=None, # Folder of the library; that of the checkout if None
 )->set[str]: # Such as `core` or `data.images`
-    "Modules of the library that a source imports; a public name of a subpackage counts as its module"
+    "Modules of the library that a source imports; a public name counts as its module"
     library = Path(library or root()/'elbowsynth')
     nodes, found = list(ast.walk(ast.parse(source))), set()
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
@@ -253,7 +253,7 @@ def folder_state(
 
 # %% ../nbs/9_run/90_run.ipynb #99232d01
 class LogTee:
-    "A stream that writes to a log and passes on progress lines, of which the log gets one in 15 seconds"
+    "A stream that writes to a log and passes on progress lines; the log gets one in 15 seconds"
     def __init__(self, log_file, on_progress):
         self.log_file, self.on_progress = log_file, on_progress
         self.rest, self.last_logged = '', -15.
@@ -342,14 +342,15 @@ def _restore_user_cache():
     if user_cache: os.environ['XDG_CACHE_HOME'] = user_cache
 
 def _package_versions():
-    packages = ['elbowsynth', 'torch', 'diffusers', 'transformers', 'numpy', 'opencv-python-headless']
+    packages = [
+        'elbowsynth', 'torch', 'diffusers', 'transformers', 'numpy', 'opencv-python-headless']
     return {p: importlib.metadata.version(p) for p in packages}
 
 def run_stage(
     job:Job, # What to run
     position:str, # Such as `3 of 13`
 )->int: # 0, or 1 after a failure, which has been reported
-    "Run a stage's notebook with papermill; write its executed copy, its log and, at the end, `stage.json`"
+    "Run a stage's notebook; write its executed copy, its log and, at the end, `stage.json`"
     import papermill
     top, title = root(), f'stage {position}: {job.name}'
     _restore_user_cache()
@@ -366,8 +367,9 @@ def run_stage(
         logging.getLogger('papermill').setLevel(logging.ERROR)
         try:
             papermill.execute_notebook(
-                top/job.notebook, copy, job.values, kernel_name='python3', cwd=top, progress_bar=False,
-                stdout_file=tee, stderr_file=tee, extra_arguments=['--log-level=CRITICAL'])
+                top/job.notebook, copy, job.values, kernel_name='python3', cwd=top,
+                progress_bar=False, stdout_file=tee, stderr_file=tee,
+                extra_arguments=['--log-level=CRITICAL'])
         except Exception as error:
             message = failure_message(error, top/job.notebook, copy)
             log_file.write('\n'.join(getattr(error, 'traceback', None) or [message]))
@@ -411,19 +413,21 @@ def write_report(
     nb = nbformat.read(executed, as_version=4)
     start = 0                                           # the first cell below the parameters
     for i,cell in enumerate(nb.cells, 1):
-        is_setup = 'parameters' in cell.metadata.get('tags', []) or 'notebook_profile(' in cell.source
-        if is_setup: start = i
+        tags = cell.metadata.get('tags', [])
+        if 'parameters' in tags or 'notebook_profile(' in cell.source: start = i
     nb.cells = [c for c in nb.cells[start:] if c.cell_type=='markdown' or c.get('outputs')]
     nb.cells.append(nbformat.v4.new_markdown_cell(_duration_table(folder)))
     exporter = HTMLExporter(
-        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
-    scripts = ['mathjax_url', 'require_js_url', 'jquery_url', 'jupyter_widgets_base_url', 'mermaid_js_url',
-               'widget_renderer_url', 'html_manager_semver_range']
+        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
+        embed_images=True)
+    scripts = [
+        'mathjax_url', 'require_js_url', 'jquery_url', 'jupyter_widgets_base_url',
+        'mermaid_js_url', 'widget_renderer_url', 'html_manager_semver_range']
     for url in scripts:
         if exporter.has_trait(url): setattr(exporter, url, '')
     title = f'elbowsynth: {Path(folder).name}'
     page, _ = exporter.from_notebook_node(nb, resources={'metadata': {'name': title}})
-    page = re.sub(r'<script\b.*?</script>', '', page, flags=re.S)   # nothing is fetched from the web
+    page = re.sub(r'<script\b.*?</script>', '', page, flags=re.S)  # nothing is fetched from the web
     with atomic_write(Path(folder)/'report.html') as part: part.write_text(page, encoding='utf-8')
     return Path(folder)/'report.html'
 
@@ -486,7 +490,7 @@ def summarize(
 
 # %% ../nbs/9_run/90_run.ipynb #3720793c
 def _write_plan(folder, jobs, data_dir, cores):
-    "Write `plan.json`, which Snakemake and the stages read; refuse a folder with results of other data"
+    "Write `plan.json` for Snakemake and the stages; refuse a folder with results of other data"
     path = folder/'plan.json'
     previous = json.loads(path.read_text())['data_dir'] if path.exists() else data_dir
     if previous!=data_dir:
@@ -495,7 +499,8 @@ def _write_plan(folder, jobs, data_dir, cores):
                          'fix: choose another folder with RUN=NAME')
     data_hash = folder_state(data_dir) if data_dir else ''
     contents = {
-        'jobs': [asdict(j) for j in jobs], 'data_dir': data_dir, 'data_hash': data_hash, 'cores': cores}
+        'jobs': [asdict(j) for j in jobs], 'data_dir': data_dir, 'data_hash': data_hash,
+        'cores': cores}
     text = json.dumps(contents, indent=1)               # exactly, not rounded as in save_json
     with atomic_write(path) as part: part.write_text(text)
 

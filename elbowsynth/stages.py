@@ -84,7 +84,7 @@ def coerce_type(
     value, # As YAML or the command line gives it
     default, # Default value of the parameter
 ):
-    "`value` in the type of `default`; text such as `1e-4`, which is no number in YAML, becomes a float"
+    "`value` in the type of `default`; text such as `1e-4`, no number in YAML, becomes a float"
     if default is None: return value
     if type(default) is float and not isinstance(value, bool): return float(value)
     if isinstance(default, tuple) and isinstance(value, list): return value     # YAML has no tuples
@@ -145,7 +145,8 @@ def _options_errors(stage, given, given_options):
         if name in given:
             errors.append(f'{setting} is set twice: by its name and in options; fix: set it once')
         elif name in stage.defaults:
-            errors.append(f'{stage.name}.options: {name!r} is a parameter of the stage; fix: set {setting}')
+            errors.append(f'{stage.name}.options: {name!r} is a parameter of the stage; '
+                          f'fix: set {setting}')
         elif name not in known:
             errors.append(f'{stage.name}.options: unknown option {name!r} of {stage.options_class}'
                           f'{suggestion(name, known)}')
@@ -159,7 +160,8 @@ def route_settings(
     known, where = option_defaults(stage), stage.name
     given = dict(given)
     given_options = given.pop('options', {}) if stage.options_class else {}
-    if not isinstance(given_options, dict): return {}, type_errors(f'{where}.options', given_options, {})
+    if not isinstance(given_options, dict):
+        return {}, type_errors(f'{where}.options', given_options, {})
     errors = _options_errors(stage, given, given_options)
     values, options = {}, {}
     for name,value in {**given_options, **given}.items():
@@ -244,7 +246,7 @@ def notebook_profile(
     known = stages(root()/'nbs')
     values = {'run': f'_runs/{profile}'} | profile_values(profile, known)[stage]
     out = next(s.defaults['out'] for s in known if s.name==stage)
-    if history:                                                         # the runner has to run this stage again
+    if history:                                             # the runner has to run this stage again
         (root()/values['run']/out/'stage.json').unlink(missing_ok=True)
     inserted = papermill_parameters(history)
     return {k: v for k,v in values.items() if k not in inserted}

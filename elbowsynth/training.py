@@ -66,7 +66,7 @@ def batch_indices(
     seed:int=0, # Seed of the shuffles
     start:int=0, # Batches already done
 ):
-    "Yield index arrays (batch_size,) until each image was used `epochs` times; the last may go beyond"
+    "Yield index arrays (batch_size,) until each image was used `epochs` times; the last may exceed it"
     shuffled = {}                                                   # epoch to permutation
     for batch in range(start, -(-epochs*n//batch_size)):
         positions = np.arange(batch*batch_size, (batch+1)*batch_size)
@@ -184,7 +184,7 @@ def save_checkpoint(
         if keep_previous and Path(path).exists():
             with atomic_write(previous_checkpoint(path)) as previous:
                 try: os.link(path, previous)
-                except OSError: shutil.copyfile(path, previous)     # no hard links on this file system
+                except OSError: shutil.copyfile(path, previous)  # no hard links on this file system
 
 # %% ../nbs/0_core/04_training.ipynb #cb2dc058
 def _tensors_below(f, prefix):
@@ -204,7 +204,7 @@ def _restore_rng(states, generator):
 def load_checkpoint(
     path:Path, # A file that `save_checkpoint` wrote
     modules:dict, # Name to network; modified in place
-    optimizers:dict=None, # Name to optimizer, likewise; if given, random generators are restored, too
+    optimizers:dict=None, # Name to optimizer, likewise; with them, random generators are restored
     generator:torch.Generator=None, # The run's own random generator
 )->dict: # The numbers and text that were saved
     "Restore networks, optimizers and random generators"
@@ -212,7 +212,7 @@ def load_checkpoint(
         state = json.loads(f.metadata()['state'])
         for name,module in modules.items(): module.load_state_dict(_tensors_below(f, f'{name}/'))
         for name,optimizer in (optimizers or {}).items():
-            values = {}                                 # index of the parameter to its optimizer state
+            values = {}                              # index of the parameter to its optimizer state
             for key,tensor in _tensors_below(f, f'{name}/').items():
                 i, field = key.split('/', 1)
                 values.setdefault(int(i), {})[field] = tensor
@@ -228,7 +228,7 @@ def load_checkpoint(
 class TrainingDiverged(FloatingPointError): "A loss or a weight is NaN, infinite or too large"
 
 class NanGuard:
-    "Record, without waiting for the device, the first step whose loss is NaN, infinite or too large"
+    "Record the first step whose loss is NaN, infinite or too large, without waiting for the device"
     def __init__(self,
         device:torch.device, # Device of the losses
         threshold:float=1e6, # Absolute value above which a loss is too large

@@ -111,7 +111,7 @@ def test_every_injury_at_every_age_is_visible_and_reproducible(pathology, age):
     np.testing.assert_array_equal(thickness(injured, 'LAT'), thickness(apply_injuries(sample_arm(seed, age), [pathology], seed), 'LAT'))
 
 def test_injuries_of_the_ends_change_only_the_ends():
-    for pathology,view in (('medial epicondyle diswindowd', 'AP'), ('lateral epicondyle diswindowd', 'AP'), ('radial head fracture', 'AP'), ('olecranon fracture', 'LAT')):
+    for pathology,view in (('medial epicondyle displaced', 'AP'), ('lateral epicondyle displaced', 'AP'), ('radial head fracture', 'AP'), ('olecranon fracture', 'LAT')):
         for seed in range(6):
             for age in (6, 12, 30):
                 healthy = sample_arm(seed, age)
@@ -120,7 +120,7 @@ def test_injuries_of_the_ends_change_only_the_ends():
                 assert change.max()>.5 and change[np.hypot(rays.u, rays.v)>62].max()<1e-3, (pathology, seed, age)
 
 def test_growth_centers_appear_in_order_grow_and_fuse():
-    for sex,late in (('F', 0), ('M', 1)):
+    for sex,delay in (('F', 0), ('M', 1)):
         seen = {}
         for age in np.arange(.25, 20, .25):
             for name in set(OSSIFICATION_CENTERS) & {*(arm := sample_arm(5, age, sex)).upper_arm, *arm.forearm}: seen.setdefault(name, []).append(age)
@@ -162,7 +162,7 @@ def test_landmarks_move_with_their_bones():
         def moved(p, name): return np.linalg.norm(posed_landmarks(apply_injuries(arm, [p], 4), 90)[name]-posed_landmarks(arm, 90)[name])
         assert moved('olecranon fracture', 'olecranon')>.5 and moved('olecranon fracture', 'coronoid')==0
         assert moved('supracondylar fracture', 'capitellum')>.5 and moved('supracondylar fracture', 'shaft lower')==0
-        assert moved('medial epicondyle diswindowd', 'medial epicondyle')>4 and moved('medial epicondyle diswindowd', 'trochlea')==0
+        assert moved('medial epicondyle displaced', 'medial epicondyle')>4 and moved('medial epicondyle displaced', 'trochlea')==0
         assert moved('elbow dislocation posterior', 'radial head')>20 and moved('elbow dislocation posterior', 'capitellum')==0
         assert moved('joint effusion', 'capitellum')==0
 

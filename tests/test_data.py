@@ -337,7 +337,7 @@ def test_every_annotation_format_gives_the_same_masks(tmp_path):
     assert read_labels(tmp_path).pathology.tolist()==list(label_map.values())
 
 def test_all_annotation_errors_are_reported_together(tmp_path):
-    write_png(tmp_path/'films'/'a.png', random_image())
+    write_png(tmp_path/'images'/'a.png', random_image())
     write_png(tmp_path/'b.png', random_image())
     def shape(file, label, box, height=0, width=0):
         return dict(file=file, label=label, polygons=[box_polygon(*box)], height=height, width=width)
@@ -346,12 +346,12 @@ def test_all_annotation_errors_are_reported_together(tmp_path):
               shape('a.png', 'fx', (1, 1, 5, 5), 400, 500), shape('a.png', 'mole', (-90, 0, 5, 5)),
               shape(str(tmp_path/'b.png'), 'fx', (1, 1, 5, 5))]
     label_map = {'fx': 'olecranon fracture', 'mole': '', 'x': 'nonsense'}
-    with pytest.raises(LabelsError) as e: rasterize_masks(shapes, label_map, tmp_path/'films')
+    with pytest.raises(LabelsError) as e: rasterize_masks(shapes, label_map, tmp_path/'images')
     for text in ("label 'cast' of 1 shape", "'nonsense', which is no class",
                  'leaves the film of 50 x 40', '../b.png: no such film',
                  'is (40, 50), while it was annotated as (400, 500)', '6 faults'):
         assert text in str(e.value), str(e.value)
-    assert sorted(p.name for p in tmp_path.rglob('*'))==['a.png', 'b.png', 'films'] # nothing was written
+    assert sorted(p.name for p in tmp_path.rglob('*'))==['a.png', 'b.png', 'images'] # nothing was written
 
 NO_ANNOTATIONS = ['{', '[]', '3', '{"images": []}', '{"annotations": [], "images": []}', '{"shapes": []}']
 

@@ -1,5 +1,5 @@
-"The search leaves the test set alone, goes on after a kill, and gives the same trials again; rankings want seeds; the twin's signs"
-import json, os, re, signal, subprocess, sys, time
+"The search does not use the test set and resumes after a kill with the same trials; rankings require seeds; the signs of the TAC-GAN losses"
+import json, os, signal, subprocess, sys, time
 import matplotlib
 matplotlib.use('agg')
 import numpy as np, pandas as pd
@@ -15,187 +15,225 @@ from elbowsynth.phantom.phantom import phantom
 SMALL = dict(validation_fraction=.4, epochs=2, width=1/16, extractor='efficientnet_lite0', device='cpu')
 
 @pytest.fixture(scope='module')
-def films():
-    "Ten patients, an AP and a LAT film each"
-    rows = [(f'f{i}_{v}', f'p{i}', v, 'LR'[i%2], ['normal', 'joint effusion'][i%3>0]) for i in range(10) for v in ('AP', 'LAT')]
+def dataset():
+    "Images and pairs of ten patients, one AP and one LAT image each"
+    rows = [(f'f{i}_{view}', f'p{i}', view, 'LR'[i%2], ['normal', 'joint effusion'][i%3>0]) for i in range(10) for view in ('AP', 'LAT')]
     pairs = pd.DataFrame(rows, columns=['image', 'patient', 'view', 'side', 'pathology'])
-    pairs['pair'] = [f'{o.image}__{o.pathology.replace(" ", "_")}' for o in pairs.itertuples()]
-    pairs['caption'] = [caption(o.view, [o.pathology]) for o in pairs.itertuples()]
-    images = np.stack([phantom(o.view, [o.pathology], side=o.side, age=10, seed=i, size=96).image[::3, ::3] for i, o in enumerate(pairs.itertuples())])
-    return images, pairs
+    pairs['pair'] = [f'{p.image}__{p.pathology.replace(" ", "_")}' for p in pairs.itertuples()]
+    pairs['caption'] = [caption(p.view, [p.pathology]) for p in pairs.itertuples()]
+    images = [phantom(p.view, [p.pathology], side=p.side, age=10, seed=i, size=96).image for i,p in enumerate(pairs.itertuples())]
+    return np.stack(images)[:, ::3, ::3], pairs
 
-def trials(out): return (out/'trials.csv').read_bytes()
+def read_trials(out): return (out/'trials.csv').read_bytes()
 
-def test_the_same_seed_gives_the_same_trials(films, tmp_path):
+def test_the_same_seed_gives_the_same_trials(dataset, tmp_path):
     torch.set_num_threads(1)
-    for name, seed in (('one', 0), ('two', 0), ('other', 1)): search.search_hyperparameters(*films, tmp_path/name, n_trials=2, seed=seed, **SMALL)
-    assert trials(tmp_path/'one')==trials(tmp_path/'two')!=trials(tmp_path/'other')
-    lines = [json.loads(l) for l in (tmp_path/'one'/'journal.jsonl').read_text().splitlines()]  # plain JSON, and only finished trials in it
-    assert sum('params' in l for l in lines)==4
+    for name,seed in (('one', 0), ('two', 0), ('other', 1)):
+        search.search_hyperparameters(*dataset, tmp_path/name, n_trials=2, seed=seed, **SMALL)
+    assert read_trials(tmp_path/'one')==read_trials(tmp_path/'two')!=read_trials(tmp_path/'other')
+    lines = (tmp_path/'one'/'journal.jsonl').read_text().splitlines()
+    assert sum('params' in json.loads(line) for line in lines)==4               # plain JSON with finished trials only
 
-KILLED = '''
+KILLED_SEARCH = '''
 import sys, numpy as np, pandas as pd, torch
-from elbowsynth.gans.search import search_values
+from elbowsynth.gans.search import search_hyperparameters
 torch.set_num_threads(1)
-search_values(np.load(sys.argv[1]), pd.read_csv(sys.argv[2]), sys.argv[3], n_trials=2, validation_fraction=.4, epochs=2, width=1/16, extractor='efficientnet_lite0', device='cpu')
+images, pairs = np.load(sys.argv[1]), pd.read_csv(sys.argv[2])
+search_hyperparameters(images, pairs, sys.argv[3], n_trials=2, validation_fraction=.4, epochs=2, width=1/16, extractor='efficientnet_lite0', device='cpu')
 '''
 
-def test_a_killed_search_goes_on_with_the_same_trials(films, tmp_path):
-    np.save(tmp_path/'films.npy', films[0])
-    films[1].to_csv(tmp_path/'pairs.csv', index=False)
-    command = lambda out: [sys.executable, '-c', KILLED, tmp_path/'films.npy', tmp_path/'pairs.csv', tmp_path/out]
-    run = dict(env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, cwd=tmp_path)
-    for sign in ('ac_gan_001/samples/0000', 'tac_gan_000'):             # in the middle of a training, and between two trials
-        p, end = subprocess.Popen(command('killed'), **run), time.time()+120
-        while not (tmp_path/'killed'/'trials'/sign).exists() and p.poll() is None and time.time()<end: time.sleep(.01)
-        os.kill(p.pid, signal.SIGKILL)
-        assert p.wait()==-signal.SIGKILL and not (tmp_path/'killed'/'best.json').exists()
-    with (tmp_path/'killed'/'journal.jsonl').open('a') as f: f.write('{"op_code":4,"worker_id"')
-    (tmp_path/'killed'/'journal.jsonl.lock').touch()
-    for out in ('killed', 'whole'): subprocess.run(command(out), check=True, **run)
-    assert trials(tmp_path/'killed')==trials(tmp_path/'whole')
-    assert (tmp_path/'killed'/'best.json').read_bytes()==(tmp_path/'whole'/'best.json').read_bytes()
+def test_a_killed_search_resumes_with_the_same_trials(dataset, tmp_path):
+    np.save(tmp_path/'images.npy', dataset[0])
+    dataset[1].to_csv(tmp_path/'pairs.csv', index=False)
+    def command(out): return [sys.executable, '-c', KILLED_SEARCH, tmp_path/'images.npy', tmp_path/'pairs.csv', tmp_path/out]
+    options = dict(env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, cwd=tmp_path)
+    killed = tmp_path/'killed'
+    for marker in ('ac_gan_001/samples/0000', 'tac_gan_000'):           # in the middle of a training, and between two trials
+        process = subprocess.Popen(command('killed'), **options)
+        end = time.time()+120
+        while not (killed/'trials'/marker).exists() and process.poll() is None and time.time()<end: time.sleep(.01)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait()==-signal.SIGKILL and not (killed/'best_hyperparameters.json').exists()
+    with (killed/'journal.jsonl').open('a') as f: f.write('{"op_code":4,"worker_id"')
+    (killed/'journal.jsonl.lock').touch()
+    for out in ('killed', 'uninterrupted'): subprocess.run(command(out), check=True, **options)
+    assert read_trials(killed)==read_trials(tmp_path/'uninterrupted')
+    best,expected = ((tmp_path/out/'best_hyperparameters.json').read_bytes() for out in ('killed', 'uninterrupted'))
+    assert best==expected
 
-def run_cell(folder):
-    "The cell of the stage notebook that searches, with its parameters"
-    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs'/'3_gans/39_search.ipynb').read_text())['cells'] if c['cell_type']=='code']
-    at = next(i for i, c in enumerate(cells) if c.startswith('run: str'))
+def run_search_cell(folder):
+    "Run the cell of the stage notebook that searches, with its parameters"
+    notebook = json.loads((ROOT/'nbs'/'3_gans/39_search.ipynb').read_text())
+    cells = [''.join(c['source']) for c in notebook['cells'] if c['cell_type']=='code']
+    parameters = next(i for i,cell in enumerate(cells) if cell.startswith('run: str'))
     from elbowsynth.data.labels import read_pairs
-    space = vars(search) | {'read_pairs': read_pairs, 'root': lambda: folder.parent}
-    exec(cells[at], space)
-    space |= dict(run=folder.name, size=32, n_trials=2, width=1/16, epochs=2, validation_fraction=.4, extractor='efficientnet_lite0', device='cpu')
-    exec(next(c for c in cells[at:] if 'search_values(' in c), space)
+    namespace = vars(search) | {'read_pairs': read_pairs, 'root': lambda: folder.parent}
+    exec(cells[parameters], namespace)
+    namespace |= dict(run=folder.name, size=32, n_trials=2, **SMALL)
+    exec(next(cell for cell in cells[parameters:] if 'search_hyperparameters(' in cell), namespace)
 
-def test_the_test_set_is_not_looked_at(films, tmp_path):
-    "With test films of other people, other labels, or no test films at all, the search is the same"
+def test_the_test_set_is_not_used(dataset, tmp_path):
+    "With other test images and labels, or no test images at all, the search is the same"
     torch.set_num_threads(1)
-    images, pairs = films
-    pairs = pairs.assign(split=np.where(pairs.patient.isin(['p8', 'p9']), 'test', 'train'), mask_source='drawn', area=1.)
-    test, rng = (pairs.split=='test').to_numpy(), np.random.default_rng(0)
-    for name in ('as_is', 'permuted', 'gone'):
+    images,pairs = dataset
+    subset = np.where(pairs.patient.isin(['p8', 'p9']), 'test', 'train')
+    pairs = pairs.assign(split=subset, mask_source='annotated', mask_area=1.)
+    is_test = subset=='test'
+    rng = np.random.default_rng(0)
+    for name in ('as_is', 'permuted', 'missing'):
         table = pairs.copy()
-        if name=='permuted': table.loc[test, ['pathology', 'side']] = table.loc[test, ['pathology', 'side']].to_numpy()[::-1]
+        if name=='permuted':
+            columns = ['pathology', 'side']
+            table.loc[is_test, columns] = table.loc[is_test, columns].to_numpy()[::-1]
         (tmp_path/name/'split').mkdir(parents=True)
         table.to_csv(tmp_path/name/'split'/'pairs.csv', index=False)
-        for o, image, t in zip(pairs.itertuples(), images, test):
-            if not t or name!='gone': write_png(tmp_path/name/'images'/f'{o.image}.png', rng.permuted(image) if t and name=='permuted' else image)
-        run_cell(tmp_path/name)
-    assert trials(tmp_path/'as_is'/'search')==trials(tmp_path/'permuted'/'search')==trials(tmp_path/'gone'/'search')
+        for p,image,in_test in zip(pairs.itertuples(), images, is_test):
+            if in_test and name=='missing': continue
+            if in_test and name=='permuted': image = rng.permuted(image)
+            write_png(tmp_path/name/'images'/f'{p.image}.png', image)
+        run_search_cell(tmp_path/name)
+    as_is = read_trials(tmp_path/'as_is'/'search')
+    assert as_is==read_trials(tmp_path/'permuted'/'search')==read_trials(tmp_path/'missing'/'search')
 
-def test_validation_patients_are_in_no_training(films, tmp_path, monkeypatch):
-    seen = []
-    def spy(images, pairs, test, out, **more):
-        seen.append((set(pairs.patient), set(test.patient), len(images)))
-        for name, image in zip(test.pair, np.random.default_rng(0).integers(0, 256, (len(test), 32, 32), np.uint8)): write_png(out/'samples'/'0002'/f'{name}.png', image)
-    for name in ('train_ac_gan', 'train_tac_gan'): monkeypatch.setattr(search, name, spy)
-    search.search_hyperparameters(*films, tmp_path/'search', n_trials=1, **SMALL)
-    assert len(seen)==2 and seen[0]==seen[1]
-    trained, held, n = seen[0]
-    assert not trained & held and trained | held==set(films[1].patient) and len(held)==4 and n==2*len(trained)
+def test_validation_patients_are_in_no_training(dataset, tmp_path, monkeypatch):
+    calls = []
+    def fake_training(images, pairs, test, out, **settings):
+        calls.append((set(pairs.patient), set(test.patient), len(images)))
+        samples = np.random.default_rng(0).integers(0, 256, (len(test), 32, 32), np.uint8)
+        for name,image in zip(test.pair, samples): write_png(out/'samples'/'0002'/f'{name}.png', image)
+    for name in ('train_ac_gan', 'train_tac_gan'): monkeypatch.setattr(search, name, fake_training)
+    search.search_hyperparameters(*dataset, tmp_path/'search', n_trials=1, **SMALL)
+    assert len(calls)==2 and calls[0]==calls[1]
+    trained,held_out,n_images = calls[0]
+    assert not trained & held_out and trained | held_out==set(dataset[1].patient)
+    assert len(held_out)==4 and n_images==2*len(trained)
 
-def test_a_training_that_breaks_down_is_no_score(films, tmp_path, monkeypatch):
-    whole = search.train_ac_gan
-    def breaks(*args, lr_g, **more):
-        if lr_g!=search.PAPER_VALUES['lr_g']: raise FloatingPointError('the loss is no number')
-        return whole(*args, lr_g=lr_g, **more)
-    monkeypatch.setattr(search, 'train_ac_gan', breaks)
-    table = search.search_hyperparameters(*films, tmp_path/'search', n_trials=3, **SMALL)
+def test_a_diverged_training_has_no_score(dataset, tmp_path, monkeypatch):
+    train_ac_gan = search.train_ac_gan
+    def diverges(*args, lr_g, **settings):
+        if lr_g!=search.PAPER_VALUES['lr_g']: raise FloatingPointError('loss is NaN')
+        return train_ac_gan(*args, lr_g=lr_g, **settings)
+    monkeypatch.setattr(search, 'train_ac_gan', diverges)
+    table = search.search_hyperparameters(*dataset, tmp_path/'search', n_trials=3, **SMALL)
     assert table[table.model=='ac_gan'].mmd2.isna().tolist()==[False, True, True] and table.mmd2.notna().sum()==4
-    assert json.loads((tmp_path/'search'/'best.json').read_text())['ac_gan']['trial']==0
+    best = json.loads((tmp_path/'search'/'best_hyperparameters.json').read_text())
+    assert best['ac_gan']['trial']==0
 
-def test_another_setting_begins_anew(films, tmp_path):
-    search.search_hyperparameters(*films, tmp_path/'search', n_trials=1, **SMALL)
-    before = trials(tmp_path/'search')
-    search.search_hyperparameters(*films, tmp_path/'search', n_trials=1, **SMALL | {'epochs': 1})
-    assert trials(tmp_path/'search')!=before==trials(tmp_path/'search-before-1')
+def test_another_setting_starts_anew(dataset, tmp_path):
+    search.search_hyperparameters(*dataset, tmp_path/'search', n_trials=1, **SMALL)
+    before = read_trials(tmp_path/'search')
+    search.search_hyperparameters(*dataset, tmp_path/'search', n_trials=1, **SMALL | {'epochs': 1})
+    assert read_trials(tmp_path/'search')!=before==read_trials(tmp_path/'search-previous-1')
 
-def summary_of(rng):
-    rows = [('a', k, e, 9, *rng.random(4)) for k in ('samples', 'validation') for e in range(0, 100, 10)]
-    return pd.DataFrame(rows, columns=['model', 'kind', 'epoch', 'n', 'ssim', 'ms_ssim', 'mmd2', 'mmd2_paper_A'])
+def random_summary(rng):
+    rows = [('a', source, epoch, 9, *rng.random(4)) for source in ('samples', 'validation') for epoch in range(0, 100, 10)]
+    return pd.DataFrame(rows, columns=['model', 'source', 'epoch', 'n_pairs', 'ssim', 'ms_ssim', 'mmd2', 'mmd2_paper_unit_sigma10'])
 
-def test_the_choice_of_a_checkpoint_does_not_hang_on_the_test_films():
+def test_the_selected_checkpoint_does_not_depend_on_the_test_images():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        s = summary_of(rng)
-        other, is_test = s.copy(), s.kind=='samples'
+        summary = random_summary(rng)
+        is_test = summary.source=='samples'
+        other = summary.copy()
         other.loc[is_test, 'ssim':] = rng.random((is_test.sum(), 4))
-        assert selected_epoch(s, 'a')==selected_epoch(other, 'a')==s[~is_test].set_index('epoch').mmd2.idxmin()
-        c = checkpoint_selection(s).set_index('metric')
-        assert (c.best[['ssim', 'ms_ssim']]>=c.chosen[['ssim', 'ms_ssim']]).all() and (c.best[['mmd2', 'mmd2_paper_A']]<=c.chosen[['mmd2', 'mmd2_paper_A']]).all()
+        by_validation = summary[~is_test].set_index('epoch').mmd2.idxmin()
+        assert selected_epoch(summary, 'a')==selected_epoch(other, 'a')==by_validation
+        selection = checkpoint_selection(summary).set_index('metric')
+        similarities,distances = ['ssim', 'ms_ssim'], ['mmd2', 'mmd2_paper_unit_sigma10']
+        assert (selection.best_score[similarities]>=selection.selected_score[similarities]).all()
+        assert (selection.best_score[distances]<=selection.selected_score[distances]).all()
 
-def write_toy_run(folder, seeds):
-    "A run with the scores of models and the seeds that they were trained from"
-    rows = [(model, metric, 10, .5, 10, .1*seed+.01*('tac' in model), 20, .4)
-            for model, seed in seeds.items() for metric in ('ssim', 'mmd2')]
+def write_run(folder, seeds):
+    "The files of a run that a table of seeds reads; `seeds` is model to seed"
+    rows = [(model, metric, 10, .5, 10, .1*seed+.01*('tac' in model), 20, .4) for model,seed in seeds.items() for metric in ('ssim', 'mmd2')]
     columns = ['model', 'metric', 'best_epoch', 'best_score', 'selected_epoch', 'selected_score', 'last_epoch', 'last_score']
-    metrics_info = {'images_hash': 'x', 'size': 180, 'extractor': 'X', 'resize': 'r', 'inpainting_models': []}
     (folder/'metrics').mkdir(parents=True)
     pd.DataFrame(rows, columns=columns).to_csv(folder/'metrics'/'checkpoint_selection.csv', index=False)
-    (folder/'metrics'/'metrics.json').write_text(json.dumps(metrics_info))
-    for model, seed in seeds.items():
+    facts = {'images_hash': 'x', 'size': 180, 'extractor': 'X', 'resize': 'r', 'inpainting_models': []}
+    (folder/'metrics'/'metrics.json').write_text(json.dumps(facts))
+    for model,seed in seeds.items():
         (folder/model).mkdir()
         (folder/model/'stage.json').write_text(json.dumps({'name': model, 'values': {'seed': seed}}))
     return folder
 
 def test_no_ranking_below_three_seeds(tmp_path):
-    two = [write_toy_run(tmp_path/f'run{i}', {'ac_gan': i, 'tac_gan': i}) for i in range(2)]
-    with pytest.raises(ValueError, match='cannot be ranked by SSIM.*AC-GAN was trained from 2, TAC-GAN was trained from 2'):
-        ranking(seed_table(two), 'ssim')
-    same_seed = write_toy_run(tmp_path/'same_seed', {'ac_gan': 1, 'tac_gan': 1})
-    with pytest.raises(ValueError, match='AC-GAN was trained from 2'):
-        ranking(seed_table([*two, same_seed]), 'ssim')              # a seed that is already there does not count
-    third = write_toy_run(tmp_path/'third', {'ac_gan': 2, 'tac_gan': 2})
+    two = [write_run(tmp_path/f'r{i}', {'ac_gan': i, 'tac_gan': i}) for i in range(2)]
+    with pytest.raises(ValueError, match='cannot be ranked by SSIM.*AC-GAN was trained from 2, TAC-GAN was trained from 2'): ranking(seed_table(two), 'ssim')
+    again = write_run(tmp_path/'again', {'ac_gan': 1, 'tac_gan': 1})
+    with pytest.raises(ValueError, match='AC-GAN was trained from 2'): ranking(seed_table([*two, again]), 'ssim')       # a repeated seed is not a third
+    third = write_run(tmp_path/'third', {'ac_gan': 2, 'tac_gan': 2})
     table = seed_table([*two, third])
-    assert ranking(table, 'ssim')==['tac_gan', 'ac_gan']
-    assert ranking(table, 'mmd2')==['ac_gan', 'tac_gan']
+    assert ranking(table, 'ssim')==['tac_gan', 'ac_gan'] and ranking(table, 'mmd2')==['ac_gan', 'tac_gan']
     assert np.allclose(table[table.metric=='ssim'][['mean', 'std']], [[.1, .1], [.11, .1]])
     with pytest.raises(ValueError, match='there are fewer than two models'): ranking(table, 'ssim', 'inpainting')
 
-# Gong's overlapping Gaussians: the cells of the page, played with other signs
+# Gong's overlapping Gaussians: the cells of the notebook, run with other signs
 
-def gong_cells():
-    cells = json.loads((ROOT/'nbs'/'3_gans/38_tac_gan.ipynb').read_text())['cells']
-    at = next(i for i, c in enumerate(cells) if ''.join(c['source']).startswith('## Overlapping classes'))
-    end = next(i for i, c in enumerate(cells) if i>at and ''.join(c['source']).startswith('## '))
-    return [''.join(c['source']) for c in cells[at:end] if c['cell_type']=='code']
+def gaussian_cells():
+    notebook = json.loads((ROOT/'nbs'/'3_gans/38_tac_gan.ipynb').read_text())
+    cells = [(c['cell_type'], ''.join(c['source'])) for c in notebook['cells']]
+    start = next(i for i,(_,source) in enumerate(cells) if source.startswith('## Overlapping classes'))
+    end = next(i for i,(_,source) in enumerate(cells) if i>start and source.startswith('## '))
+    return [source for kind,source in cells[start:end] if kind=='code']
 
 @pytest.fixture(scope='module')
-def gong():
-    "What the page plays with, its proof as a function, and what the AC-GAN draws"
+def gaussians():
+    "The namespace of these cells, and a function that runs the assertions of the notebook on generated numbers of a TAC-GAN"
     torch.set_num_threads(1)
     import matplotlib.pyplot as plt
-    from fastcore.test import test_eq as equal
-    space, cells = vars(tac_gan) | {'plt': plt, 'np': np, 'test_eq': equal}, gong_cells()
-    proof = next(c for c in cells if 'assert (kept' in c)
-    for c in cells:
-        if c!=proof and 'found = ' not in c: exec(c, space)
-    ac = space['game'](twins=False)
-    def prove(tac):
-        space['found'] = {'AC-GAN': ac, 'TAC-GAN': tac}
-        exec(proof, space)
+    from fastcore.test import test_eq as assert_equal
+    namespace = vars(tac_gan) | {'plt': plt, 'np': np, 'test_eq': assert_equal}
+    cells = gaussian_cells()
+    assertions = next(cell for cell in cells if 'assert (tac_width' in cell)
+    for cell in cells:
+        if cell!=assertions and not cell.startswith('generated = '): exec(cell, namespace)
+    of_ac_gan = namespace['train_on_numbers'](with_twin=False)
+    def check(of_tac_gan):
+        namespace['generated'] = {'AC-GAN': of_ac_gan, 'TAC-GAN': of_tac_gan}
+        exec(assertions, namespace)
         plt.close('all')
-    return space, prove
+    return namespace, check
 
-def test_the_signs_as_they_are_recover_the_classes(gong):
-    space, prove = gong
-    prove(space['game'](twins=True, seed=5))                            # four games that the page did not play
+def test_the_right_signs_reproduce_the_classes(gaussians):
+    namespace,check = gaussians
+    check(namespace['train_on_numbers'](with_twin=True, seed=5))        # four experiments that the notebook does not run
 
-AC, CE = tac_gan.generator_losses, tac_gan.label_cross_entropy
-WRONG = {'the twin helps': lambda dis, twin, fake, y, sizes: AC(dis, fake, y, sizes) | {'g_twin': CE(twin(fake), y, sizes)},
-         'no twin': lambda dis, twin, fake, y, sizes: AC(dis, fake, y, sizes),
-         'the head in place of the twin': lambda dis, twin, fake, y, sizes: AC(dis, fake, y, sizes) | {'g_twin': -CE(dis(fake)[1], y, sizes)},
-         'labels misled': lambda dis, twin, fake, y, sizes: (lambda t: t | {'g_class': -t['g_class']})(AC(dis, fake, y, sizes)) | {'g_twin': -CE(twin(fake), y, sizes)},
-         'both turned': lambda dis, twin, fake, y, sizes: (lambda t: t | {'g_class': -t['g_class']})(AC(dis, fake, y, sizes)) | {'g_twin': CE(twin(fake), y, sizes)},
-         'scores turned': lambda dis, twin, fake, y, sizes: (lambda t: t | {'g_score': -t['g_score']})(AC(dis, fake, y, sizes)) | {'g_twin': -CE(twin(fake), y, sizes)}}
+def helpful_twin(dis, twin, fake, y, field_sizes):
+    losses = tac_gan.generator_losses(dis, fake, y, field_sizes)
+    return losses | {'g_twin': tac_gan.label_cross_entropy(twin(fake), y, field_sizes)}
 
-@pytest.mark.parametrize('name', WRONG)
-def test_other_signs_do_not(gong, monkeypatch, name):
-    space, prove = gong
-    monkeypatch.setitem(space, 'twin_terms', WRONG[name])
-    with pytest.raises(AssertionError): prove(space['game'](twins=True, steps=600))
+def no_twin(dis, twin, fake, y, field_sizes):
+    return tac_gan.generator_losses(dis, fake, y, field_sizes)
 
-def test_a_discriminator_that_does_not_learn_labels_is_seen(gong, monkeypatch):
-    space, prove = gong
-    real = space['discriminator_terms']
-    monkeypatch.setitem(space, 'discriminator_terms', lambda *a, **k: (lambda t: t | {'class_real': 0*t['class_real']})(real(*a, **k)))
-    with pytest.raises(AssertionError): prove(space['game'](twins=True, steps=600))
+def class_head_as_twin(dis, twin, fake, y, field_sizes):
+    losses = tac_gan.generator_losses(dis, fake, y, field_sizes)
+    return losses | {'g_twin': -tac_gan.label_cross_entropy(dis(fake)[1], y, field_sizes)}
+
+def reversed_class_loss(dis, twin, fake, y, field_sizes):
+    losses = tac_gan.generator_losses(dis, fake, y, field_sizes)
+    return losses | {'g_class': -losses['g_class'], 'g_twin': -tac_gan.label_cross_entropy(twin(fake), y, field_sizes)}
+
+def reversed_class_loss_and_twin(dis, twin, fake, y, field_sizes):
+    losses = tac_gan.generator_losses(dis, fake, y, field_sizes)
+    return losses | {'g_class': -losses['g_class'], 'g_twin': tac_gan.label_cross_entropy(twin(fake), y, field_sizes)}
+
+def reversed_adversarial_loss(dis, twin, fake, y, field_sizes):
+    losses = tac_gan.generator_losses(dis, fake, y, field_sizes)
+    return losses | {'g_adv': -losses['g_adv'], 'g_twin': -tac_gan.label_cross_entropy(twin(fake), y, field_sizes)}
+
+WRONG_LOSSES = [helpful_twin, no_twin, class_head_as_twin, reversed_class_loss, reversed_class_loss_and_twin, reversed_adversarial_loss]
+
+@pytest.mark.parametrize('wrong_losses', WRONG_LOSSES)
+def test_wrong_signs_do_not(gaussians, monkeypatch, wrong_losses):
+    namespace,check = gaussians
+    monkeypatch.setitem(namespace, 'tac_generator_losses', wrong_losses)
+    with pytest.raises(AssertionError): check(namespace['train_on_numbers'](with_twin=True, steps=600))
+
+def test_a_discriminator_that_is_not_trained_on_labels_is_detected(gaussians, monkeypatch):
+    namespace,check = gaussians
+    discriminator_losses = namespace['discriminator_losses']
+    def without_class_loss(*args, **kwargs):
+        losses = discriminator_losses(*args, **kwargs)
+        return losses | {'d_class_real': 0*losses['d_class_real']}
+    monkeypatch.setitem(namespace, 'discriminator_losses', without_class_loss)
+    with pytest.raises(AssertionError): check(namespace['train_on_numbers'](with_twin=True, steps=600))

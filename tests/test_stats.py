@@ -1,16 +1,15 @@
-"Intervals that cover, p-values that are uniform, and the opinions of scipy and scikit-learn"
+"Coverage of confidence intervals, uniform p-values, and comparisons with scipy and scikit-learn"
 import itertools
 import numpy as np
 import pytest
 import torch
 from scipy import stats as sp
 from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
-from elbowsynth.evaluation.mmd import mmd2, prdc, vendi
+from elbowsynth.evaluation.mmd import cubic_kernel, gaussian_kernel, mmd2, prdc, vendi
 from elbowsynth.evaluation.stats import (
     between_group_kernel_sums, cluster_bootstrap, cluster_mean, cluster_subsampling,
-    clustered_wilcoxon, cubic_kernel, gaussian_kernel, holm_correction, mmd_jackknife,
-    paired_permutation_test, paired_test, paired_tests, permutation_test, set_trend, tost,
-    trend_test)
+    clustered_wilcoxon, holm_correction, mmd_jackknife, paired_permutation_test, paired_test,
+    paired_tests, permutation_test, set_trend, tost, trend_test)
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -19,311 +18,468 @@ def one_thread():
     yield
     torch.set_num_threads(before)
 
-def scores(c, rng, patient=.05, film=.03, pair=.02, skewed=False):
-    "Scores of mean .5, names of patients and films"
-    p = np.repeat(np.arange(c), rng.integers(1, 4, c))
-    f = np.repeat(np.arange(len(p)), rng.integers(1, 4, len(p)))
-    p = p[f]
-    own = 1-rng.exponential(size=c) if skewed else rng.normal(size=c)
-    return .5+patient*own[p]+film*rng.normal(size=f.max()+1)[f]+pair*rng.normal(size=len(f)), p, f
+def simulated_scores(n_patients, rng, patient=.05, image=.03, pair=.02, skewed=False):
+    "Scores with mean .5 and these standard deviations, names of patients and of images"
+    patients = np.repeat(np.arange(n_patients), rng.integers(1, 4, n_patients))
+    images = np.repeat(np.arange(len(patients)), rng.integers(1, 4, len(patients)))
+    patients = patients[images]
+    if skewed: patient_effect = 1-rng.exponential(size=n_patients)
+    else: patient_effect = rng.normal(size=n_patients)
+    image_effect = rng.normal(size=images.max()+1)
+    pair_effect = rng.normal(size=len(images))
+    scores = .5+patient*patient_effect[patients]+image*image_effect[images]+pair*pair_effect
+    return scores, patients, images
 
-def clouds(c, d, rng, delta=0., films=2, kin=.5, spread=1.):
-    "Vectors of unit variance, `kin` of it the patient's own"
-    at = np.repeat(np.arange(c), films)
-    z = spread*(np.sqrt(kin)*rng.normal(size=(c, d))[at]+np.sqrt(1-kin)*rng.normal(size=(len(at), d)))
-    z[:, 0] += delta
-    return z, at
+def simulated_vectors(n_patients, d, rng, delta=0., n_images=2, shared=.5, spread=1.):
+    "Vectors of unit variance, a fraction of it shared within a patient, and their patients"
+    patients = np.repeat(np.arange(n_patients), n_images)
+    of_patient = np.sqrt(shared)*rng.normal(size=(n_patients, d))[patients]
+    of_image = np.sqrt(1-shared)*rng.normal(size=(len(patients), d))
+    vectors = spread*(of_patient+of_image)
+    vectors[:, 0] += delta
+    return vectors, patients
 
-def true_mmd2(d, sigma, delta): return 2*(sigma**2/(sigma**2+2))**(d/2)*(1-np.exp(-delta**2/(2*(sigma**2+2))))
+def other_names(patients):
+    "Names of patients who are not in the first set"
+    return [f'y{i}' for i in patients]
 
-def holds(o, truth): return o['low']<=truth<=o['high']
+def true_mmd2(d, sigma, delta):
+    "MMD² of normal vectors of unit variance in d dimensions whose means are delta apart"
+    return 2*(sigma**2/(sigma**2+2))**(d/2)*(1-np.exp(-delta**2/(2*(sigma**2+2))))
 
-def uniform(p, discrete=0.):
-    "p-values of a true null: no level is exceeded by more than chance, and the levels are used"
-    p = np.asarray(p)
-    for level in (.05, .1, .2, .5): assert abs((p<=level+1e-9).mean()-level)<4*np.sqrt(level*(1-level)/len(p))+discrete, (level, (p<=level).mean())
+def covers(interval, truth): return interval['ci_low']<=truth<=interval['ci_high']
+
+def fraction_below(p_values, level): return (np.asarray(p_values)<=level+1e-9).mean()
+
+def is_uniform(p_values, discrete=0.):
+    "p-values of a true null: each level is exceeded as often as it should be, up to chance"
+    for level in (.05, .1, .2, .5):
+        tolerance = 4*np.sqrt(level*(1-level)/len(p_values))+discrete
+        fraction = fraction_below(p_values, level)
+        assert abs(fraction-level)<tolerance, (level, fraction)
     return True
 
 # --- means
 
-def test_bootstrap_of_whole_patients_covers():
-    "Each case within what 1200 repetitions can tell, all together between 93 and 97 %"
-    share = []
-    for c, skewed in ((25, False), (60, False), (150, False), (100, True)):
-        rng = np.random.default_rng(c)
-        share.append(np.mean([holds(cluster_bootstrap(*scores(c, rng, skewed=skewed)[:2], n_resamples=500, seed=i), .5) for i in range(1200)]))
-    assert min(share)>.92 and max(share)<.98 and .93<=np.mean(share)<=.97, share
+def test_bootstrap_of_patients_covers():
+    "Each case within the error of 1200 repetitions, their mean between 93 and 97 %"
+    coverage = []
+    for n_patients, skewed in ((25, False), (60, False), (150, False), (100, True)):
+        rng = np.random.default_rng(n_patients)
+        hits = []
+        for seed in range(1200):
+            scores, patients, _ = simulated_scores(n_patients, rng, skewed=skewed)
+            interval = cluster_bootstrap(scores, patients, n_resamples=500, seed=seed)
+            hits.append(covers(interval, .5))
+        coverage.append(np.mean(hits))
+    assert min(coverage)>.92 and max(coverage)<.98, coverage
+    assert .93<=np.mean(coverage)<=.97, coverage
 
-def test_pairs_as_units_do_not_cover_and_all_levels_cover_too_much():
-    rng, pairs, deep = np.random.default_rng(0), [], []
-    for i in range(300):
-        v, p, f = scores(40, rng, patient=.02)
-        pairs.append(holds(cluster_bootstrap(v, n_resamples=300, seed=i), .5))
-        deep.append(holds(cluster_bootstrap(v, p, f, nested=True, n_resamples=300, seed=i), .5))
-    assert np.mean(pairs)<.85 and np.mean(deep)>.965
+def test_bootstrap_of_pairs_is_too_narrow_and_nested_bootstrap_too_wide():
+    rng = np.random.default_rng(0)
+    by_pair, nested = [], []
+    for seed in range(300):
+        scores, patients, images = simulated_scores(40, rng, patient=.02)
+        interval = cluster_bootstrap(scores, n_resamples=300, seed=seed)
+        by_pair.append(covers(interval, .5))
+        interval = cluster_bootstrap(
+            scores, patients, images, nested=True, n_resamples=300, seed=seed)
+        nested.append(covers(interval, .5))
+    assert np.mean(by_pair)<.85
+    assert np.mean(nested)>.965
 
 def test_bootstrap_of_a_ratio_covers():
-    rng, hits = np.random.default_rng(1), []
-    for i in range(800):
-        v, p, _ = scores(60, rng)
-        o = cluster_bootstrap(np.c_[v, .25+.1*(v-.5)+.01*rng.normal(size=len(v))], p, statistic=lambda m: m[..., 0]/m[..., 1], n_resamples=500, seed=i)
-        hits.append(holds(o, 2))
+    rng = np.random.default_rng(1)
+    hits = []
+    for seed in range(800):
+        scores, patients, _ = simulated_scores(60, rng)
+        noise = .25+.1*(scores-.5)+.01*rng.normal(size=len(scores))
+        interval = cluster_bootstrap(
+            np.c_[scores, noise], patients, statistic=lambda m: m[..., 0]/m[..., 1],
+            n_resamples=500, seed=seed)
+        hits.append(covers(interval, 2))
     assert .93<=np.mean(hits)<=.97, np.mean(hits)
 
 def test_bootstrap_agrees_with_the_formula_and_with_scipy():
-    v, p, f = scores(200, np.random.default_rng(2))
-    assert np.isclose(cluster_bootstrap(v, p, n_resamples=8000)['se'], cluster_mean(v, p)['se'], rtol=.03)
-    theirs = sp.bootstrap((v,), np.mean, n_resamples=4000, method='percentile', rng=np.random.default_rng(0)).confidence_interval
-    ours = cluster_bootstrap(v, n_resamples=4000)
-    assert np.allclose([ours['low'], ours['high']], theirs, atol=.0008)
-    again = np.random.default_rng(3).permutation(len(v))
-    assert np.isclose(cluster_bootstrap(v[again], p[again], f[again], nested=True)['estimate'], v.mean())
+    scores, patients, images = simulated_scores(200, np.random.default_rng(2))
+    se = cluster_bootstrap(scores, patients, n_resamples=8000)['se']
+    assert np.isclose(se, cluster_mean(scores, patients)['se'], rtol=.03)
+    theirs = sp.bootstrap(
+        (scores,), np.mean, n_resamples=4000, method='percentile',
+        rng=np.random.default_rng(0)).confidence_interval
+    ours = cluster_bootstrap(scores, n_resamples=4000)
+    assert np.allclose([ours['ci_low'], ours['ci_high']], theirs, atol=.0008)
+    order = np.random.default_rng(3).permutation(len(scores))
+    nested = cluster_bootstrap(scores[order], patients[order], images[order], nested=True)
+    assert np.isclose(nested['estimate'], scores.mean())
 
-def test_deep_draws_follow_the_hierarchy():
-    "Variance of the deep bootstrap of balanced data, by the formula for nested draws"
+def test_nested_bootstrap_follows_the_hierarchy():
+    "Variance of the nested bootstrap of balanced data, by the formula for nested resampling"
     rng = np.random.default_rng(4)
-    v = rng.normal(size=(30, 2, 3))+rng.normal(size=(30, 2, 1))+rng.normal(size=(30, 1, 1))
-    p, f = np.repeat(np.arange(30), 6), np.repeat(np.arange(60), 3)
-    by_hand = v.mean((1, 2)).var()/30 + v.mean(2).var(1).mean()/60 + v.var(2).mean()/180
-    assert np.isclose(cluster_bootstrap(v.ravel(), p, f, nested=True, n_resamples=6000)['se']**2, by_hand, rtol=.06)
+    scores = rng.normal(size=(30, 2, 3))+rng.normal(size=(30, 2, 1))+rng.normal(size=(30, 1, 1))
+    patients, images = np.repeat(np.arange(30), 6), np.repeat(np.arange(60), 3)
+    between_patients = scores.mean((1, 2)).var()/30
+    between_images = scores.mean(2).var(1).mean()/60
+    between_pairs = scores.var(2).mean()/180
+    by_hand = between_patients+between_images+between_pairs
+    nested = cluster_bootstrap(scores.ravel(), patients, images, nested=True, n_resamples=6000)
+    assert np.isclose(nested['se']**2, by_hand, rtol=.06)
 
-def test_bad_input_is_named():
-    for call, text in ((lambda: cluster_bootstrap([.1, np.nan]), 'value 1 is not finite'), (lambda: cluster_bootstrap([]), 'n > 0'), (lambda: cluster_bootstrap([1., 2.], ['a', 'a']), '1 independent groups'),
-                       (lambda: cluster_bootstrap([1., 2.], [1., np.nan]), 'row 1 has no group'), (lambda: cluster_bootstrap([1., 2.], level=95), 'level is 95'),
-                       (lambda: mmd_jackknife(np.zeros((3, 2)), np.zeros((3, 3)), cubic_kernel), 'features want'), (lambda: paired_permutation_test(np.zeros((3, 2)), np.zeros((4, 2)), cubic_kernel), 'not pairs'),
-                       (lambda: trend_test([[1., 2., 3.]]*2, [0, 2, 1]), 'rising epochs'), (lambda: paired_test([1., np.inf], [0., 0.]), 'value 1 is not finite')):
-        with pytest.raises(ValueError, match=text): call()
+INVALID_CALLS = [
+    (lambda: cluster_bootstrap([.1, np.nan]), 'value 1 is not finite'),
+    (lambda: cluster_bootstrap([]), 'n > 0'),
+    (lambda: cluster_bootstrap([1., 2.], ['a', 'a']), r'too few independent groups \(1\)'),
+    (lambda: cluster_bootstrap([1., 2.], [1., np.nan]), 'row 1 has no group'),
+    (lambda: cluster_bootstrap([1., 2.], level=95), 'level is 95'),
+    (lambda: mmd_jackknife(np.zeros((3, 2)), np.zeros((3, 3)), cubic_kernel),
+     r'expected \(m, d\) and \(n, d\)'),
+    (lambda: paired_permutation_test(np.zeros((3, 2)), np.zeros((4, 2)), cubic_kernel),
+     'expected pairs'),
+    (lambda: trend_test([[1., 2., 3.]]*2, [0, 2, 1]), 'rising epochs'),
+    (lambda: paired_test([1., np.inf], [0., 0.]), 'value 1 is not finite')]
+
+@pytest.mark.parametrize('call, message', INVALID_CALLS)
+def test_invalid_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message): call()
 
 # --- distances between sets
 
 def test_estimates_equal_scikit_learn():
     rng = np.random.default_rng(5)
     x, y = rng.normal(size=(40, 6)), rng.normal(.3, 1, (30, 6))
-    for kernel, theirs in ((gaussian_kernel(2.), lambda a, b: rbf_kernel(a, b, gamma=1/8)), (cubic_kernel, lambda a, b: polynomial_kernel(a, b, degree=3, coef0=1))):
+    def their_gaussian(a, b): return rbf_kernel(a, b, gamma=1/8)
+    def their_cubic(a, b): return polynomial_kernel(a, b, degree=3, coef0=1)
+    for kernel, theirs in ((gaussian_kernel(2.), their_gaussian), (cubic_kernel, their_cubic)):
         xx, yy, xy = theirs(x, x), theirs(y, y), theirs(x, y)
-        u = (xx.sum()-np.trace(xx))/(40*39)+(yy.sum()-np.trace(yy))/(30*29)-2*xy.mean()
-        assert np.isclose(mmd_jackknife(x, y, kernel)['estimate'], u, atol=1e-12)
-        assert np.isclose(permutation_test(x, y, kernel, n_resamples=9)['mmd2'], u, atol=1e-12)
-    assert np.isclose(mmd_jackknife(x, y, gaussian_kernel(np.median(np.sqrt(((x[:, None]-x)**2).sum(-1))[np.triu_indices(40, 1)])))['estimate'], mmd2(x, y), atol=1e-10)
+        within_x = (xx.sum()-np.trace(xx))/(40*39)
+        within_y = (yy.sum()-np.trace(yy))/(30*29)
+        unbiased = within_x+within_y-2*xy.mean()
+        assert np.isclose(mmd_jackknife(x, y, kernel)['estimate'], unbiased, atol=1e-12)
+        permuted = permutation_test(x, y, kernel, n_resamples=9)
+        assert np.isclose(permuted['mmd2'], unbiased, atol=1e-12)
+    distances = np.sqrt(((x[:, None]-x)**2).sum(-1))
+    median = np.median(distances[np.triu_indices(40, 1)])
+    estimate = mmd_jackknife(x, y, gaussian_kernel(median))['estimate']
+    assert np.isclose(estimate, mmd2(x, y), atol=1e-10)
 
-def brute(x, y, gx, gy, k):
+def mmd2_by_hand(x, y, groups_x, groups_y, kernel):
     "MMD² over vectors of different patients, term by term"
-    def mean(a, b, ga, gb):
-        terms = [k(u, v) for (u, i), (v, j) in itertools.product(zip(a, ga), zip(b, gb)) if i!=j]
+    def mean_between(a, b, groups_a, groups_b):
+        terms = []
+        for (u, i), (v, j) in itertools.product(zip(a, groups_a), zip(b, groups_b)):
+            if i!=j: terms.append(kernel(u, v))
         return sum(terms)/len(terms)
-    return mean(x, x, gx, gx)+mean(y, y, gy, gy)-2*mean(x, y, gx, gy)
+    within_x = mean_between(x, x, groups_x, groups_x)
+    within_y = mean_between(y, y, groups_y, groups_y)
+    return within_x+within_y-2*mean_between(x, y, groups_x, groups_y)
+
+def gaussian_by_hand(u, v): return np.exp(-((u-v)**2).sum()/2)
 
 @pytest.mark.parametrize('shared', [True, False])
 def test_jackknife_equals_leaving_out_by_hand(shared):
     rng = np.random.default_rng(6)
-    x, y, gx = rng.normal(size=(9, 3)), rng.normal(.4, 1, (8, 3)), np.array(list('aabcccdde'))
-    gy = np.array(list('aabbcdee')) if shared else np.array(list('ttuuvwzz'))
-    k = lambda u, v: np.exp(-((u-v)**2).sum()/2)
-    o = mmd_jackknife(x, y, gaussian_kernel(1.), gx, gy, block_size=4)
-    assert np.isclose(o['estimate'], brute(x, y, gx, gy, k), atol=1e-12)
-    names = sorted({*gx, *gy})
-    left = np.array([brute(x[gx!=n], y[gy!=n], gx[gx!=n], gy[gy!=n], k) for n in names])
-    assert np.isclose(o['se'], np.sqrt((len(names)-1)/len(names)*((left-o['estimate'])**2).sum()), atol=1e-12)
+    x, y = rng.normal(size=(9, 3)), rng.normal(.4, 1, (8, 3))
+    groups_x = np.array(list('aabcccdde'))
+    groups_y = np.array(list('aabbcdee')) if shared else np.array(list('ttuuvwzz'))
+    o = mmd_jackknife(x, y, gaussian_kernel(1.), groups_x, groups_y, block_size=4)
+    estimate = mmd2_by_hand(x, y, groups_x, groups_y, gaussian_by_hand)
+    assert np.isclose(o['estimate'], estimate, atol=1e-12)
+    names = sorted({*groups_x, *groups_y})
+    left_out = []
+    for name in names:
+        in_x, in_y = groups_x!=name, groups_y!=name
+        left_out.append(mmd2_by_hand(
+            x[in_x], y[in_y], groups_x[in_x], groups_y[in_y], gaussian_by_hand))
+    n = len(names)
+    squares = (np.array(left_out)-o['estimate'])**2
+    assert np.isclose(o['se'], np.sqrt((n-1)/n*squares.sum()), atol=1e-12)
 
-def test_small_distances_survive_single_precision():
-    "Unit vectors, bandwidth 10, values of 1e-6: the paper's likeliest convention"
+def test_small_distances_are_accurate_in_float32():
+    "Unit vectors, bandwidth 10, values of 1e-6: convention paper_unit_sigma10"
     rng = np.random.default_rng(7)
-    x, y = (np.abs(rng.normal(1, .3, (400, 256)))+o for o in (0, .01))
-    exact, single = (mmd_jackknife(x.astype(t), y.astype(t), gaussian_kernel(10., normalize=True)) for t in (np.float64, np.float32))
-    assert abs(single['estimate']-exact['estimate'])<1e-9+.01*exact['se'] and np.isclose(single['se'], exact['se'], rtol=.01)
+    x, y = (np.abs(rng.normal(1, .3, (400, 256)))+offset for offset in (0, .01))
+    kernel = gaussian_kernel(10., normalize=True)
+    exact = mmd_jackknife(x.astype(np.float64), y.astype(np.float64), kernel)
+    single = mmd_jackknife(x.astype(np.float32), y.astype(np.float32), kernel)
+    assert abs(single['estimate']-exact['estimate'])<1e-9+.01*exact['se']
+    assert np.isclose(single['se'], exact['se'], rtol=.01)
 
 @pytest.mark.parametrize('paired', [False, True])
 @pytest.mark.parametrize('delta', [.8, 1.5])
 def test_mmd_interval_covers(delta, paired):
-    rng, d, sigma, hits = np.random.default_rng(8), 16, 4., []
+    rng = np.random.default_rng(8)
+    d, sigma = 16, 4.
+    hits = []
     for _ in range(400):
-        x, gx = clouds(50, d, rng)
-        y, gy = clouds(50, d, rng, delta)
-        if paired: y = np.sqrt(.5)*(x+y*1.)-np.r_[np.sqrt(.5)*delta-delta, np.zeros(d-1)]         # half of each film is its real one; mean and variance as before
-        o = mmd_jackknife(x, y, gaussian_kernel(sigma), gx, gx if paired else [f'y{i}' for i in gy])
-        hits.append(holds(o, true_mmd2(d, sigma, delta)))
+        x, patients_x = simulated_vectors(50, d, rng)
+        y, patients_y = simulated_vectors(50, d, rng, delta)
+        names_y = other_names(patients_y)
+        if paired:                          # half of each is its partner; mean and variance stay
+            y = np.sqrt(.5)*(x+y*1.)-np.r_[np.sqrt(.5)*delta-delta, np.zeros(d-1)]
+            names_y = patients_x
+        interval = mmd_jackknife(x, y, gaussian_kernel(sigma), patients_x, names_y)
+        hits.append(covers(interval, true_mmd2(d, sigma, delta)))
     assert .925<=np.mean(hits)<=.985, np.mean(hits)
 
-def test_mmd_interval_is_wide_where_sets_are_the_same():
-    rng, hits = np.random.default_rng(9), []
+def test_mmd_interval_is_wide_if_the_sets_are_the_same():
+    rng = np.random.default_rng(9)
+    hits = []
     for _ in range(300):
-        (x, gx), (y, gy) = clouds(50, 16, rng), clouds(50, 16, rng)
-        hits.append(holds(mmd_jackknife(x, y, gaussian_kernel(4.), gx, [f'y{i}' for i in gy]), 0))
+        (x, patients_x), (y, patients_y) = (simulated_vectors(50, 16, rng) for _ in 'xy')
+        interval = mmd_jackknife(
+            x, y, gaussian_kernel(4.), patients_x, other_names(patients_y))
+        hits.append(covers(interval, 0))
     assert np.mean(hits)>.96, np.mean(hits)
 
-def test_unnamed_patients_ruin_estimate_and_interval():
-    "Each film a second time in the table, as in a set of pairs with several pathologies"
-    rng, named, unnamed = np.random.default_rng(10), [], []
+def test_estimate_and_interval_need_the_patients():
+    "Almost equal images of each patient, as in a set of pairs with several pathologies"
+    rng = np.random.default_rng(10)
+    kernel, truth = gaussian_kernel(4.), true_mmd2(16, 4., 1.)
+    with_patients, without = [], []
     for _ in range(150):
-        (x, gx), (y, gy) = clouds(40, 16, rng, films=3, kin=.999), clouds(40, 16, rng, 1., films=3, kin=.999)
-        named.append(holds(mmd_jackknife(x, y, gaussian_kernel(4.), gx, [f'y{i}' for i in gy]), true_mmd2(16, 4., 1.)))
-        unnamed.append(holds(mmd_jackknife(x, y, gaussian_kernel(4.)), true_mmd2(16, 4., 1.)))
-    assert np.mean(named)>.92 and np.mean(unnamed)<.8, (np.mean(named), np.mean(unnamed))
+        x, patients_x = simulated_vectors(40, 16, rng, n_images=3, shared=.999)
+        y, patients_y = simulated_vectors(40, 16, rng, 1., n_images=3, shared=.999)
+        interval = mmd_jackknife(x, y, kernel, patients_x, other_names(patients_y))
+        with_patients.append(covers(interval, truth))
+        without.append(covers(mmd_jackknife(x, y, kernel), truth))
+    assert np.mean(with_patients)>.92, np.mean(with_patients)
+    assert np.mean(without)<.8, np.mean(without)
 
 def test_kid_interval_covers():
-    "The cubic kernel's true value, from one very large sample"
-    rng, d = np.random.default_rng(11), 8
-    big = [clouds(6000, d, rng, o, films=1)[0] for o in (0., 1.)]
-    truth, hits = mmd_jackknife(*big, cubic_kernel)['estimate'], []
+    "The true value for the cubic kernel comes from one very large sample"
+    rng = np.random.default_rng(11)
+    d = 8
+    large = [simulated_vectors(6000, d, rng, delta, n_images=1)[0] for delta in (0., 1.)]
+    truth = mmd_jackknife(*large, cubic_kernel)['estimate']
+    hits = []
     for _ in range(400):
-        (x, gx), (y, gy) = clouds(60, d, rng), clouds(60, d, rng, 1.)
-        hits.append(holds(mmd_jackknife(x, y, cubic_kernel, gx, [f'y{i}' for i in gy]), truth))
+        x, patients_x = simulated_vectors(60, d, rng)
+        y, patients_y = simulated_vectors(60, d, rng, 1.)
+        interval = mmd_jackknife(x, y, cubic_kernel, patients_x, other_names(patients_y))
+        hits.append(covers(interval, truth))
     assert .92<=np.mean(hits)<=.98, np.mean(hits)
 
-def test_subsampling_covers_vendi_and_neighbours():
-    "The library's own functions; measured shares stand on the page"
-    rng, v, n = np.random.default_rng(12), [], []
-    positive = lambda z: np.maximum(z+1, 0)                               # as features are
-    neighbours = lambda x, y: np.array(list(prdc(x, y).values()))
-    draw = lambda delta=0.: (lambda z, g: (positive(z), g))(*clouds(60, 8, rng, delta))
-    truth_v = np.mean([vendi(draw()[0]) for _ in range(200)])
-    truth_n = np.mean([neighbours(draw()[0], draw(1.)[0]) for _ in range(200)], 0)
-    for i in range(200):
-        (x, gx), (y, gy) = draw(), draw(1.)
-        v.append(holds(cluster_subsampling(vendi, x, groups_x=gx, n_resamples=60, seed=i), truth_v))
-        o = cluster_subsampling(neighbours, x, y, gx, [f'y{j}' for j in gy], n_resamples=60, seed=i)
-        n.append((o['low']<=truth_n)&(truth_n<=o['high']))
-    print('coverage: vendi', np.mean(v), dict(zip(('precision', 'recall', 'density', 'coverage'), np.mean(n, 0))))
-    assert .87<=np.mean(v)<=.995 and ((.88<=np.mean(n, 0))&(np.mean(n, 0)<=1)).all(), (np.mean(v), np.mean(n, 0))
+def test_subsampling_of_vendi_and_prdc_covers():
+    "Of the functions of the library; the notebook quotes the printed coverages"
+    rng = np.random.default_rng(12)
+    def nonnegative_vectors(delta=0.):                                   # as features are
+        vectors, patients = simulated_vectors(60, 8, rng, delta)
+        return np.maximum(vectors+1, 0), patients
+    def prdc_values(x, y): return np.array(list(prdc(x, y).values()))
+    true_vendi = np.mean([vendi(nonnegative_vectors()[0]) for _ in range(200)])
+    values = []
+    for _ in range(200):
+        x, y = nonnegative_vectors()[0], nonnegative_vectors(1.)[0]
+        values.append(prdc_values(x, y))
+    true_prdc = np.mean(values, 0)
+    vendi_hits, prdc_hits = [], []
+    for seed in range(200):
+        x, patients_x = nonnegative_vectors()
+        y, patients_y = nonnegative_vectors(1.)
+        o = cluster_subsampling(vendi, x, groups_x=patients_x, n_resamples=60, seed=seed)
+        vendi_hits.append(covers(o, true_vendi))
+        o = cluster_subsampling(
+            prdc_values, x, y, patients_x, other_names(patients_y), n_resamples=60, seed=seed)
+        prdc_hits.append((o['ci_low']<=true_prdc)&(true_prdc<=o['ci_high']))
+    vendi_coverage, prdc_coverage = np.mean(vendi_hits), np.mean(prdc_hits, 0)
+    names = ('precision', 'recall', 'density', 'coverage')
+    print('coverage: vendi', vendi_coverage, dict(zip(names, prdc_coverage)))
+    assert .87<=vendi_coverage<=.995, vendi_coverage
+    assert ((prdc_coverage>=.88)&(prdc_coverage<=1)).all(), prdc_coverage
 
 # --- tests of difference
 
 def test_permutation_p_is_uniform_and_powerful():
-    rng, null, power = np.random.default_rng(13), [], []
-    for i in range(400):
-        x, gx = clouds(15, 5, rng)
-        for out, delta in ((null, 0.), (power, 1.2)):
-            y, gy = clouds(15, 5, rng, delta)
-            out.append(permutation_test(x, y, gaussian_kernel(3.), gx, [f'y{j}' for j in gy], n_resamples=99, seed=i)['p'])
-    assert uniform(null) and (np.array(power)<=.05).mean()>.6
+    rng = np.random.default_rng(13)
+    null, power = [], []
+    for seed in range(400):
+        x, patients_x = simulated_vectors(15, 5, rng)
+        for p_values, delta in ((null, 0.), (power, 1.2)):
+            y, patients_y = simulated_vectors(15, 5, rng, delta)
+            result = permutation_test(
+                x, y, gaussian_kernel(3.), patients_x, other_names(patients_y),
+                n_resamples=99, seed=seed)
+            p_values.append(result['p'])
+    assert is_uniform(null)
+    assert (np.array(power)<=.05).mean()>.6
 
-def test_permutation_of_films_instead_of_patients_is_too_bold():
+def test_permutation_of_images_rejects_too_often():
     rng = np.random.default_rng(14)
-    p = [permutation_test(clouds(12, 5, rng, films=4)[0], clouds(12, 5, rng, films=4)[0], gaussian_kernel(3.), n_resamples=99, seed=i)['p'] for i in range(150)]
-    assert (np.array(p)<=.05).mean()>.15
+    p_values = []
+    for seed in range(150):
+        x, y = (simulated_vectors(12, 5, rng, n_images=4)[0] for _ in 'xy')
+        p_values.append(permutation_test(x, y, gaussian_kernel(3.), n_resamples=99, seed=seed)['p'])
+    assert (np.array(p_values)<=.05).mean()>.15
 
-def test_swap_p_is_uniform_and_powerful():
-    rng, null, power = np.random.default_rng(15), [], []
-    for i in range(400):
-        shared, g = clouds(25, 5, rng)
-        x, y = (shared+.3*rng.normal(size=shared.shape) for _ in range(2))
-        null.append(paired_permutation_test(x, y, gaussian_kernel(3.), g, n_resamples=99, seed=i)['p'])
-        power.append(paired_permutation_test(x, y+np.r_[.25, 0, 0, 0, 0], gaussian_kernel(3.), g, n_resamples=99, seed=i)['p'])
-    assert uniform(null) and (np.array(power)<=.05).mean()>.6
+def test_paired_permutation_p_is_uniform_and_powerful():
+    rng = np.random.default_rng(15)
+    kernel = gaussian_kernel(3.)
+    null, power = [], []
+    for seed in range(400):
+        shared, patients = simulated_vectors(25, 5, rng)
+        x, y = (shared+.3*rng.normal(size=shared.shape) for _ in 'xy')
+        moved = y+np.r_[.25, 0, 0, 0, 0]
+        for p_values, other in ((null, y), (power, moved)):
+            result = paired_permutation_test(x, other, kernel, patients, n_resamples=99, seed=seed)
+            p_values.append(result['p'])
+    assert is_uniform(null)
+    assert (np.array(power)<=.05).mean()>.6
 
-def test_permutation_equals_all_deals_by_hand():
+def test_permutation_equals_all_permutations_by_hand():
     rng = np.random.default_rng(16)
     x, y = rng.normal(size=(4, 2)), rng.normal(.9, 1, (3, 2))
-    z, k = np.r_[x, y], lambda u, v: np.exp(-((u-v)**2).sum()/2)
-    far = lambda those: brute(z[list(those)], z[[i for i in range(7) if i not in those]], list(those), [i for i in range(7) if i not in those], k)
-    every = [far(o) for o in itertools.combinations(range(7), 4)]
-    o = permutation_test(x, y, gaussian_kernel(1.), n_resamples=6000)
-    assert abs(o['p']-np.mean(np.array(every)>=every[0]-1e-12))<.02 and set(o['null'].round(9))<=set(np.round(every, 9))
+    vectors = np.r_[x, y]
+    values = []
+    for in_x in itertools.combinations(range(7), 4):
+        in_y = [i for i in range(7) if i not in in_x]
+        in_x = list(in_x)
+        values.append(mmd2_by_hand(vectors[in_x], vectors[in_y], in_x, in_y, gaussian_by_hand))
+    values = np.array(values)                                            # the first is observed
+    result = permutation_test(x, y, gaussian_kernel(1.), n_resamples=6000)
+    assert abs(result['p']-np.mean(values>=values[0]-1e-12))<.02
+    assert set(result['null'].round(9))<=set(np.round(values, 9))
 
 # --- paired tests, trends, equivalence
 
-def test_signed_ranks_equal_scipy():
+def test_wilcoxon_equals_scipy():
     rng = np.random.default_rng(17)
     for n in (6, 13, 45):
         d = rng.normal(.2, 1, n)
-        assert np.isclose(clustered_wilcoxon(d)[1], sp.wilcoxon(d, method='exact').pvalue, rtol=1e-10)
+        expected = sp.wilcoxon(d, method='exact').pvalue
+        assert np.isclose(clustered_wilcoxon(d)[1], expected, rtol=1e-10)
     d = rng.normal(.05, 1, 400).round(2)                                 # ties and zeros
-    assert np.isclose(clustered_wilcoxon(d)[1], sp.wilcoxon(d, method='approx', correction=False).pvalue, rtol=1e-9)
+    correlation, p = clustered_wilcoxon(d)
+    assert np.isclose(p, sp.wilcoxon(d, method='approx', correction=False).pvalue, rtol=1e-9)
     n = np.sum(d!=0)
-    assert np.isclose(clustered_wilcoxon(d)[0], 2*sp.wilcoxon(d, alternative='greater').statistic/(n*(n+1)/2)-1)
+    positive_ranks = sp.wilcoxon(d, alternative='greater').statistic
+    assert np.isclose(correlation, 2*positive_ranks/(n*(n+1)/2)-1)
     tied = np.array([1, 1, -1, 2, 2, 3, -3, 4.])
-    assert np.isclose(clustered_wilcoxon(tied)[1], sp.wilcoxon(tied, method=sp.PermutationMethod(n_resamples=np.inf)).pvalue)
+    expected = sp.wilcoxon(tied, method=sp.PermutationMethod(n_resamples=np.inf)).pvalue
+    assert np.isclose(clustered_wilcoxon(tied)[1], expected)
 
-def test_many_pairs_of_few_patients_are_few():
-    "150 pairs of five patients: two ways of 32 to set the signs are as extreme, and no normal distribution knows"
+def test_wilcoxon_is_exact_for_many_pairs_of_few_patients():
+    "150 pairs of five patients: two of 32 assignments of signs are as extreme"
     d = np.abs(np.random.default_rng(0).normal(1, .2, 150))
     assert np.isclose(clustered_wilcoxon(d, np.repeat(range(5), 30))[1], .0625)
-    rng, p = np.random.default_rng(1), []
+    rng = np.random.default_rng(1)
+    p_values = []
     for _ in range(400):
-        d, g = clouds(7, 1, rng, films=20, kin=.8)
-        p.append(clustered_wilcoxon(d[:, 0], g)[1])
-    assert (np.array(p)<=.05).mean()<=.08
+        d, patients = simulated_vectors(7, 1, rng, n_images=20, shared=.8)
+        p_values.append(clustered_wilcoxon(d[:, 0], patients)[1])
+    assert (np.array(p_values)<=.05).mean()<=.08
 
-@pytest.mark.parametrize('c', [12, 70])
-def test_signed_rank_p_is_uniform_with_patients_and_too_bold_without(c):
-    rng, p, bold = np.random.default_rng(18), [], []
+@pytest.mark.parametrize('n_patients', [12, 70])
+def test_wilcoxon_p_is_uniform_by_patient_and_too_small_by_pair(n_patients):
+    rng = np.random.default_rng(18)
+    by_patient, by_pair = [], []
     for _ in range(1500):
-        d, g = clouds(c, 1, rng, films=3, kin=.8)
-        p.append(clustered_wilcoxon(d[:, 0], g)[1])
-        bold.append(clustered_wilcoxon(d[:, 0])[1])
-    assert uniform(p, .005) and (np.array(bold)<=.05).mean()>.12
+        d, patients = simulated_vectors(n_patients, 1, rng, n_images=3, shared=.8)
+        by_patient.append(clustered_wilcoxon(d[:, 0], patients)[1])
+        by_pair.append(clustered_wilcoxon(d[:, 0])[1])
+    assert is_uniform(by_patient, .005)
+    assert (np.array(by_pair)<=.05).mean()>.12
 
-def test_holm_equals_its_definition_and_guards_the_family():
+def test_holm_equals_its_definition_and_controls_the_family():
     rng = np.random.default_rng(19)
     for _ in range(50):
         p = rng.random(7)**2
-        o = np.sort(p)
-        want = {v: min(1, max((7-j)*o[j] for j in range(i+1))) for i, v in enumerate(o)}
-        assert np.allclose(holm_correction(p), [want[v] for v in p])
-    false = []
-    for i in range(150):
-        v, g, _ = scores(20, rng)
-        own = {(m, k): v+.02*rng.normal(size=len(v)) for m in 'abc' for k in ('ssim', 'ms_ssim')}
-        false.append((paired_tests(own, g, draws=10).p_holm<.05).any())
-    assert np.mean(false)<.05+3*np.sqrt(.05*.95/150)
+        ordered = np.sort(p)
+        expected = {}
+        for i, value in enumerate(ordered):
+            expected[value] = min(1, max((7-j)*ordered[j] for j in range(i+1)))
+        assert np.allclose(holm_correction(p), [expected[value] for value in p])
+    false_findings = []
+    for _ in range(150):
+        scores, patients, _ = simulated_scores(20, rng)
+        equal_models = {}
+        for key in itertools.product('abc', ('ssim', 'ms_ssim')):
+            equal_models[key] = scores+.02*rng.normal(size=len(scores))
+        table = paired_tests(equal_models, patients, n_resamples=10)
+        false_findings.append((table.p_holm<.05).any())
+    assert np.mean(false_findings)<.05+3*np.sqrt(.05*.95/150)
 
-def test_paired_tests_use_the_pairs_that_both_have():
+def test_paired_tests_use_the_pairs_that_both_models_have():
     a = np.r_[np.arange(10.), np.nan]
-    table = paired_tests({('a', 'ssim'): a, ('b', 'ssim'): a[::-1], ('c', 'ssim'): a+1}, draws=20)
-    assert table.n.tolist()==[9, 10, 9] and table[['a', 'b']].to_numpy().tolist()==[['a', 'b'], ['a', 'c'], ['b', 'c']]
-    assert np.isclose(table.difference[1], -1) and table.higher[1]==0 and table.rank_biserial[1]==-1
+    scores = {('a', 'ssim'): a, ('b', 'ssim'): a[::-1], ('c', 'ssim'): a+1}
+    table = paired_tests(scores, n_resamples=20)
+    assert table.n.tolist()==[9, 10, 9]
+    models = table[['model_a', 'model_b']].to_numpy().tolist()
+    assert models==[['a', 'b'], ['a', 'c'], ['b', 'c']]
+    assert np.isclose(table.difference[1], -1)
+    assert table.prob_superiority[1]==0
+    assert table.rank_biserial[1]==-1
 
-def test_trend_finds_what_is_there():
-    rng, epochs, p, hits = np.random.default_rng(20), np.arange(0, 201, 20), [], []
-    for i in range(800):
-        v, g, _ = scores(50, rng)
-        own = .0002*(1+.3*rng.normal(size=50))[g]                       # patients differ in how much they gain
-        o = trend_test(v[:, None]+own[:, None]*epochs+.03*rng.normal(size=(len(v), 11)), epochs, g, draws=400, seed=i)
-        hits.append(holds(o, .0002))
-        p.append(trend_test(v[:, None]+.03*rng.normal(size=(len(v), 11)), epochs, g, draws=5)['p'])
-    assert .92<=np.mean(hits)<=.98 and uniform(p), np.mean(hits)
+def test_trend_interval_covers_and_p_is_uniform():
+    rng = np.random.default_rng(20)
+    epochs = np.arange(0, 201, 20)
+    p_values, hits = [], []
+    for seed in range(800):
+        scores, patients, _ = simulated_scores(50, rng)
+        slopes = .0002*(1+.3*rng.normal(size=50))[patients]              # they differ by patient
+        noise = .03*rng.normal(size=(len(scores), 11))
+        rising = scores[:, None]+slopes[:, None]*epochs+noise
+        result = trend_test(rising, epochs, patients, n_resamples=400, seed=seed)
+        hits.append(covers(result, .0002))
+        constant = scores[:, None]+.03*rng.normal(size=(len(scores), 11))
+        p_values.append(trend_test(constant, epochs, patients, n_resamples=5)['p'])
+    assert .92<=np.mean(hits)<=.98, np.mean(hits)
+    assert is_uniform(p_values)
 
 def test_trend_agrees_with_scipy():
-    v = np.random.default_rng(21).normal(size=(5, 7)).round(1)
-    o = trend_test(v, range(7), draws=5)
-    assert np.isclose(o['rank_correlation'], np.mean([sp.spearmanr(range(7), r).statistic for r in v]))
-    assert np.isclose(o['slope'], np.mean([sp.linregress(range(7), r).slope for r in v]))
-    assert trend_test([[1., 1, 1]]*3, range(3), draws=5)['rank_correlation']==0
-    assert np.isclose(set_trend([5., 3, 4, 1], range(4))['p'], sp.kendalltau(range(4), [5., 3, 4, 1]).pvalue)
+    scores = np.random.default_rng(21).normal(size=(5, 7)).round(1)
+    result = trend_test(scores, range(7), n_resamples=5)
+    correlations = [sp.spearmanr(range(7), row).statistic for row in scores]
+    slopes = [sp.linregress(range(7), row).slope for row in scores]
+    assert np.isclose(result['rank_correlation'], np.mean(correlations))
+    assert np.isclose(result['slope'], np.mean(slopes))
+    constant = trend_test([[1., 1, 1]]*3, range(3), n_resamples=5)
+    assert constant['rank_correlation']==0
+    expected = sp.kendalltau(range(4), [5., 3, 4, 1]).pvalue
+    assert np.isclose(set_trend([5., 3, 4, 1], range(4))['p'], expected)
 
-def test_equivalence_equals_two_t_tests_and_holds_its_level():
+def test_tost_equals_two_t_tests_and_keeps_its_level():
     rng = np.random.default_rng(22)
     d = rng.normal(.1, 1, 30)
-    low, high = sp.ttest_1samp(d, -.5, alternative='greater').pvalue, sp.ttest_1samp(d, .5, alternative='less').pvalue
-    assert np.isclose(tost(d, .5)['p'], max(low, high))
+    p_lower = sp.ttest_1samp(d, -.5, alternative='greater').pvalue
+    p_upper = sp.ttest_1samp(d, .5, alternative='less').pvalue
+    assert np.isclose(tost(d, .5)['p'], max(p_lower, p_upper))
     at_margin = []
     for _ in range(1500):
-        v, g, _ = scores(40, rng)
-        at_margin.append(tost(v-.5+.03, .03, g)['equivalent'])
+        scores, patients, _ = simulated_scores(40, rng)
+        at_margin.append(tost(scores-.5+.03, .03, patients)['equivalent'])
     assert abs(np.mean(at_margin)-.05)<.025
     o = tost(d, .5)
-    assert o['equivalent']==(-.5<o['low'] and o['high']<.5)
+    assert o['equivalent']==(-.5<o['ci_low'] and o['ci_high']<.5)
 
-def test_blocks_do_not_matter():
-    z = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    g, w = torch.arange(50)//3, torch.ones(50, 2, dtype=torch.float64)
-    whole = between_group_kernel_sums(z, g, w, gaussian_kernel(1.))
-    for block in (1, 7, 49): assert torch.allclose(between_group_kernel_sums(z, g, w, gaussian_kernel(1.), block), whole, atol=1e-12)
+def test_kernel_sums_do_not_depend_on_the_block_size():
+    rng = torch.Generator().manual_seed(0)
+    vectors = torch.randn(50, 4, dtype=torch.float64, generator=rng)
+    groups, weights = torch.arange(50)//3, torch.ones(50, 2, dtype=torch.float64)
+    at_once = between_group_kernel_sums(vectors, groups, weights, gaussian_kernel(1.))
+    for block_size in (1, 7, 49):
+        in_blocks = between_group_kernel_sums(
+            vectors, groups, weights, gaussian_kernel(1.), block_size)
+        assert torch.allclose(in_blocks, at_once, atol=1e-12)
 
-# --- which convention, and what metrics see
+# --- which convention, and what metrics respond to
 
-def test_bounds_for_noise_hold_in_the_libraries_they_speak_of():
+def test_bounds_for_noise_hold_in_the_libraries():
     import piq
     from skimage.metrics import structural_similarity
     from elbowsynth.evaluation.conventions import max_ssim_of_noise
     from elbowsynth.phantom.phantom import phantom
     rng = np.random.default_rng(23)
-    for film in (np.full((1024, 1024), .5), phantom('LAT', ['normal'], size=1024).image/255):
-        noise = rng.random(film.shape)
-        a, b = (torch.tensor(o)[None, None] for o in (film, noise))
-        assert piq.ssim(a, b)<max_ssim_of_noise(4) and piq.ssim(a, b, downsample=False)<max_ssim_of_noise()
-        assert structural_similarity(film, noise, data_range=2)<max_ssim_of_noise(data_range=2) and structural_similarity(255*film, 255*noise, data_range=1)<max_ssim_of_noise(actual_range=255)
-        assert structural_similarity(film, noise, data_range=255)>.9
+    radiograph = phantom('LAT', ['normal'], size=1024).image/255
+    for image in (np.full((1024, 1024), .5), radiograph):
+        noise = rng.random(image.shape)
+        a, b = (torch.tensor(o)[None, None] for o in (image, noise))
+        assert piq.ssim(a, b)<max_ssim_of_noise(4)
+        assert piq.ssim(a, b, downsample=False)<max_ssim_of_noise()
+        wide_range = structural_similarity(image, noise, data_range=2)
+        assert wide_range<max_ssim_of_noise(data_range=2)
+        bytes_as_fractions = structural_similarity(255*image, 255*noise, data_range=1)
+        assert bytes_as_fractions<max_ssim_of_noise(actual_range=255)
+        assert structural_similarity(image, noise, data_range=255)>.9
 
 def test_bounds_for_mmd_hold():
     from elbowsynth.evaluation.conventions import bandwidth_for, max_mmd
@@ -332,38 +488,59 @@ def test_bounds_for_mmd_hold():
         x, y = (np.maximum(rng.normal(rng.normal(), 1, (20, 30)), 0)+1e-9 for _ in 'xy')
         x, y = (o/np.linalg.norm(o, axis=1, keepdims=True) for o in (x, y))
         for gamma in (1/200, 1/30, 1.):
-            v = rbf_kernel(x, x, gamma=gamma).mean()+rbf_kernel(y, y, gamma=gamma).mean()-2*rbf_kernel(x, y, gamma=gamma).mean()
-            assert v<=max_mmd(gamma, 2)
-        gap = ((x.mean(0)-y.mean(0))**2).sum()
-        assert np.isclose(bandwidth_for(mmd2(x, y, 'paper_A'), gap), 10, rtol=.02)     # wide kernels measure the gap, and so the bandwidth can be read off
+            within_x = rbf_kernel(x, x, gamma=gamma).mean()
+            within_y = rbf_kernel(y, y, gamma=gamma).mean()
+            between = rbf_kernel(x, y, gamma=gamma).mean()
+            assert within_x+within_y-2*between<=max_mmd(gamma, 2)
+        distance_of_means = ((x.mean(0)-y.mean(0))**2).sum()
+        bandwidth = bandwidth_for(mmd2(x, y, 'paper_unit_sigma10'), distance_of_means)
+        assert np.isclose(bandwidth, 10, rtol=.02)                       # wide kernels: linear
 
-def test_the_paper_agrees_with_itself_and_leaves_five_conventions():
+def test_the_paper_is_consistent_and_leaves_five_conventions():
     from elbowsynth.paper import table1_rows
     from elbowsynth.evaluation.conventions import (
         implied_in_mask_score, implied_mask_area, implied_noise, possible_conventions)
-    t = implied_noise(table1_rows())
-    of = {(o.metric, o.kind): o.noise for o in t.itertuples()}
-    assert t.agree.all() and len(t)==6
-    assert np.isclose(of['mmd', 'noise'], 6.497e-3, rtol=1e-3) and np.isclose(of['mmd', 'mask'], 2.935e-3, rtol=1e-3)
-    share = implied_mask_area(of['ssim', 'mask'], of['ssim', 'noise'])
-    assert np.isclose((1-share)+share*implied_in_mask_score(.8, share), .8)
-    assert not implied_noise([*table1_rows(), ('ssim', 'other', 'noise', .4, 2., 5e-4)]).agree.all()
-    claims = {('ssim', 'noise'): of['ssim', 'noise'], ('ms_ssim', 'noise'): of['ms_ssim', 'noise'], ('mmd', 'noise'): of['mmd', 'noise'], ('mmd', 'best'): 1.373e-4}
-    found = possible_conventions(claims, 1024, 898, 2048, (.3, 1.5))
-    assert found.possible.sum()==5 and set(found.claim[found.possible])=={'ssim of noise', 'ms_ssim of noise', 'mmd of noise'}
-    assert possible_conventions(claims | {('ssim', 'noise'): .005}, 256, 898, 2048, (.3, 1.5)).possible[:2].all()      # at 256 pixels nothing is pooled: both piq's fit a small claim
+    table = implied_noise(table1_rows())
+    noise = {(o.metric, o.noise_type): o.noise for o in table.itertuples()}
+    assert table.consistent.all()
+    assert len(table)==6
+    assert np.isclose(noise['mmd', 'noise'], 6.497e-3, rtol=1e-3)
+    assert np.isclose(noise['mmd', 'mask'], 2.935e-3, rtol=1e-3)
+    area = implied_mask_area(noise['ssim', 'mask'], noise['ssim', 'noise'])
+    assert np.isclose((1-area)+area*implied_in_mask_score(.8, area), .8)
+    with_error = [*table1_rows(), ('ssim', 'other', 'noise', .4, 2., 5e-4)]
+    assert not implied_noise(with_error).consistent.all()
 
-def test_damages_do_what_they_say():
-    from elbowsynth.evaluation.sensitivity import distort, DISTORTIONS, memorization_rate
+    claims = {(metric, 'noise'): noise[metric, 'noise'] for metric in ('ssim', 'ms_ssim', 'mmd')}
+    claims['mmd', 'best'] = 1.373e-4
+    found = possible_conventions(claims, 1024, 898, 2048, (.3, 1.5))
+    assert found.possible.sum()==5
+    assert set(found.claim[found.possible])=={'ssim of noise', 'ms_ssim of noise', 'mmd of noise'}
+    small_claim = claims | {('ssim', 'noise'): .005}                     # no pooling at 256 pixels
+    assert possible_conventions(small_claim, 256, 898, 2048, (.3, 1.5)).possible[:2].all()
+
+def test_distortions_change_what_they_should():
+    from elbowsynth.evaluation.sensitivity import distort, DISTORTIONS
     rng = np.random.default_rng(25)
-    films, masks = rng.integers(60, 190, (2, 40, 40), np.uint8), np.zeros((2, 40, 40), np.uint8)
+    images = rng.integers(60, 190, (2, 40, 40), np.uint8)
+    masks = np.zeros((2, 40, 40), np.uint8)
     masks[:, 10:30, 10:30] = 255
-    before = films.copy()
-    for k, (_, amounts, _) in DISTORTIONS.items():
-        off = [np.abs(distort(films, masks, k, a).astype(int)-films).mean() for a in (0, *amounts)]
-        assert off[0]==0 and min(off[1:])>0 and (k=='shift' or (np.diff(off)>0).all())
-        out = distort(films, masks, k, amounts[-1])
-        assert out.dtype==np.uint8 and ((out==films)[masks==0].all())==(k in ('seam', 'blur in mask'))
-    assert (films==before).all() and (distort(films, masks, 'shift', 3)[:, :, 3:]==films[:, :, :-3]).all()
-    train = rng.normal(size=(30, 5))
-    assert memorization_rate(train, train)==1 and memorization_rate(train, train+10)==0
+    before = images.copy()
+    for name, (_, severities, _) in DISTORTIONS.items():
+        errors = []
+        for severity in (0, *severities):
+            distorted = distort(images, masks, name, severity)
+            errors.append(np.abs(distorted.astype(int)-images).mean())
+        assert errors[0]==0 and min(errors[1:])>0
+        assert name=='shift' or (np.diff(errors)>0).all()
+        assert distorted.dtype==np.uint8
+        unchanged_outside = (distorted==images)[masks==0].all()
+        assert unchanged_outside==(name in ('seam', 'blur in mask'))
+    assert (images==before).all()
+    assert (distort(images, masks, 'shift', 3)[:, :, 3:]==images[:, :, :-3]).all()
+
+def test_memorization_rate_is_one_for_copies_and_zero_for_distant_images():
+    from elbowsynth.evaluation.sensitivity import memorization_rate
+    train = np.random.default_rng(26).normal(size=(30, 5))
+    assert memorization_rate(train, train)==1
+    assert memorization_rate(train, train+10)==0

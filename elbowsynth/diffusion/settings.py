@@ -42,7 +42,7 @@ class FineTuneConfig(_ShowChanges):
     lr_warmup_steps:int=0 # Linear learning-rate warm-up, steps
     max_grad_norm:float=0. # Gradient-norm clip; 0 for none
     # Optimizer
-    optimizer:str='adafactor' # `adafactor` (Table 7: Optimizer) or `adamw`
+    optimizer:str='adafactor' # Table 7: Optimizer; or `adamw`
     scale_parameter:bool=False # Step in proportion to a weight's RMS (Table 7: Scale parameter)
     relative_step:bool=False # Adafactor's own step size (Table 7: Relative step size)
     warmup_init:bool=False # Warm-up of relative steps (Table 7: Warm-up initialization)
@@ -50,7 +50,7 @@ class FineTuneConfig(_ShowChanges):
     stochastic_rounding:bool=False # For bfloat16 weights (Table 7: Stochastic rounding)
     fused_back_pass:bool=False # Update a weight in the backward pass (Table 7: Fused back pass)
     # Trained weights
-    train_denoiser:bool=True # Whether the denoiser is trained
+    train_denoiser:bool=True # Whether to train it (Table 7: Train transformer (UNET))
     denoiser_epochs:int=200 # It is frozen afterwards (Table 7: Transformer training epochs)
     text_encoder:str='trained' # `trained` (Table 7), `frozen`, or `offloaded` (frozen, on the CPU)
     text_encoder_2:str='trained' # The second text encoder (FLUX: T5), likewise
@@ -61,9 +61,9 @@ class FineTuneConfig(_ShowChanges):
     mask_weighted_loss:bool=True # Whether `unmasked_weight` is applied
     unmasked_weight:float=.4 # Loss weight outside the mask (Table 7: Unmasked weight)
     normalize_masked_area_loss:bool=False # Divide by the mean weight (Table 7: Normalize area loss)
-    loss_weight_fn:str='constant' # Timestep weighting (Table 7); SDXL: `min-snr`, FLUX: `sigma`
+    loss_weight_fn:str='constant' # Table 7: Loss weight function; or `min-snr`, FLUX: `sigma`
     snr_gamma:float=5. # Of `min-snr` (Table 7: Gamma)
-    loss_scaler:str='none' # `none` (Table 7: Loss scaler), or `batch` to multiply by the batch size
+    loss_scaler:str='none' # Table 7: Loss scaler; or `batch` to multiply by the batch size
     # Conditioning and augmentation
     unmasked_probability:float=.1 # Of masking the whole image (Table 7: Unmasked probability)
     soft_mask:bool=False # Condition on gray mask values instead of a mask cut at .5

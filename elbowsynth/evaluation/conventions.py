@@ -94,7 +94,8 @@ class Facts:
     distance:tuple # Minimum and maximum of the mean feature distance
 
 # %% ../../nbs/5_evaluation/67_conventions.ipynb #5541535c
-CANDIDATES = { # Convention to metric, claim, function from facts to (least, most), and the reason
+# Convention to metric, claim, function from facts to (least, most), and the reason
+_SIMILARITY_CANDIDATES = {
     'ssim piq, pooled': (
         'ssim', 'noise', lambda f: (0, max_ssim_of_noise(max(1, round(f.image_size/256)))),
         'noise is averaged before it is scored'),
@@ -118,7 +119,10 @@ CANDIDATES = { # Convention to metric, claim, function from facts to (least, mos
         'a factor near zero becomes one half'),
     'ms_ssim of bytes with range 1': (
         'ms_ssim', 'noise', lambda f: (0, max_ms_ssim_of_noise(actual_range=255)),
-        'the constants are negligible compared with the variances'),
+        'the constants are negligible compared with the variances')}
+
+# %% ../../nbs/5_evaluation/67_conventions.ipynb #76bdd736
+CANDIDATES = _SIMILARITY_CANDIDATES | {
     'KID, raw vectors of length about 3': (
         'mmd', 'noise', lambda f: (
             27/f.feature_dim*f.distance[0],
@@ -155,8 +159,7 @@ CANDIDATES = { # Convention to metric, claim, function from facts to (least, mos
         'no two images are neighbors: the diagonals alone give 1/m + 1/n'),
     'mmd unit vectors, sigma 10, times 1000 (CMMD as published)': (
         'mmd', 'noise', lambda f: (10*f.distance[0], 10*f.distance[1]),
-        'a thousand times as large'),
-}
+        'a thousand times as large')}
 
 # %% ../../nbs/5_evaluation/67_conventions.ipynb #26d64e2a
 def possible_conventions(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['UPSAMPLING', 'BATCH_SIZE', 'SET_COLUMNS', 'TABLE_METADATA', 'SUMMARY_METRICS', 'TEST_BASELINES', 'find_checkpoints',
            'load_for_scoring', 'images_hash', 'score_batch', 'gather_batches', 'checkpoint_summary', 'table_metadata',
-           'add_metadata', 'write_table', 'ScoringJob', 'is_scored', 'finalize_job', 'run_jobs', 'baseline_jobs',
-           'checkpoint_name', 'checkpoint_jobs', 'best_checkpoints', 'matched_noise_scores', 'subgroup_scores',
-           'selected_epoch', 'checkpoint_selection', 'upsampling_sensitivity', 'mask_region_table', 'final_checkpoints',
-           'score_files', 'read_scores', 'statistics_inputs', 'gather_scores', 'scoring_code_hash', 'real_features',
-           'score_set', 'score_upsampling', 'score_run']
+           'add_metadata', 'write_table', 'ScoringJob', 'is_scored', 'run_jobs', 'baseline_jobs', 'checkpoint_name',
+           'checkpoint_jobs', 'best_checkpoints', 'matched_noise_scores', 'subgroup_scores', 'selected_epoch',
+           'checkpoint_selection', 'upsampling_sensitivity', 'mask_region_table', 'final_checkpoints', 'score_files',
+           'read_scores', 'statistics_inputs', 'gather_scores', 'scoring_code_hash', 'real_features', 'score_set',
+           'score_upsampling', 'score_run']
 
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #490ac4ed
 import hashlib, json, shutil
@@ -184,6 +184,7 @@ def add_metadata(
     metadata = table_metadata(name, extractor, resize)
     return table.assign(**{k: v for k,v in metadata.items() if k not in table})
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #65ed9e2f
 def write_table(
     path:Path, # CSV file
     name:str, # Name of the table
@@ -217,7 +218,7 @@ def is_scored(
     return json.loads(path.with_suffix('.json').read_text())['input_hash']==key
 
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #b3f63da2
-def finalize_job(
+def _finalize_job(
     path:Path, # Path of the scores without suffix
     job:ScoringJob, # A job whose batches are all scored
     fx:np.ndarray, # Features of all real images of the set
@@ -237,6 +238,7 @@ def finalize_job(
     save_json(path.with_suffix('.json'), summary | table_metadata('summary', extractor, resize))
     shutil.rmtree(batches)
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #ef8a8108
 def run_jobs(
     out:Path, # Folder of the scores
     jobs:list[ScoringJob], # Jobs of one set
@@ -259,7 +261,7 @@ def run_jobs(
             real = load_real(job.pairs.index[i:j])
             score_batch(path, real, job.load_images(i, j), masks, extractor, device)
         if j==len(job.pairs):
-            finalize_job(out/'epochs'/job.name, job, fx, extractor_name(extractor), resize)
+            _finalize_job(out/'epochs'/job.name, job, fx, extractor_name(extractor), resize)
 
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #b8930444
 def _folder_loader(folder, names, size, upsampling='bilinear'):
@@ -274,6 +276,7 @@ def _baseline_loader(baseline, load_real, load_masks=None):
         return baseline(load_real(range(i, j)), masks, i)
     return load
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #93935aea
 def _baselines(seed, autoencoders):
     "Baselines of the full image, and of the mask: name to function of images, masks, first index"
     def noise(images, masks, first_index): return noise_baseline(images, masks, seed, first_index)
@@ -296,6 +299,7 @@ def _weight_sum(autoencoder):
     if not hasattr(vae, 'parameters'): return 0
     return sum(float(p.detach().double().abs().sum()) for p in vae.parameters())
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #b6243fde
 def baseline_jobs(
     pairs:pd.DataFrame, # Test pairs
     train:pd.DataFrame, # Training pairs
@@ -339,6 +343,7 @@ def checkpoint_name(
     "Name of the files with the scores of a checkpoint"
     return f'{model}_{source}_{epoch:04d}'
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #fb3df8d2
 def checkpoint_jobs(
     pairs:pd.DataFrame, # Test pairs, or all training pairs that some model holds out
     checkpoints:pd.DataFrame, # As in `find_checkpoints`, of the sources that belong to these pairs
@@ -384,6 +389,7 @@ def _improvement(score, noise_score, metric):
     if pd.isna(noise_score) or not denominator>0: return np.nan
     return numerator/denominator
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #c5706ba9
 def best_checkpoints(
     summary:pd.DataFrame, # model, source, epoch, n_pairs and the scores of each checkpoint
     noise_scores:pd.DataFrame, # model, epoch and the scores of noise for the same pairs
@@ -480,6 +486,7 @@ def selected_epoch(
     best = validation.mmd2.idxmin() if defined else validation.ms_ssim.idxmax()
     return int(validation.epoch[best])
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #71ef1f01
 def checkpoint_selection(
     summary:pd.DataFrame, # As in `summary.csv`
 )->pd.DataFrame: # A row for each model and metric: epoch and test score of three checkpoints
@@ -512,6 +519,7 @@ def _upsampling_batch(folder, images, part, size, upsampling, extractor, cache_d
     fx = cached_features(real, extractor, cache_dir, device)
     return scores, fx, features(y, extractor, device)
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #a63defb7
 def upsampling_sensitivity(
     folder:Path, # Folder with the images of a checkpoint
     pairs:pd.DataFrame, # Test pairs
@@ -596,6 +604,7 @@ def score_files(
         rows.append((name, name, 'baseline', 0, 'inpainting' if masked else 'full image'))
     return pd.DataFrame(rows, columns=['name', 'model', 'source', 'epoch', 'task'])
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #ff970082
 def read_scores(
     out:Path, # Folder of the scores
     files:pd.DataFrame, # Rows of `score_files`
@@ -628,6 +637,7 @@ def _set_features(out, file, table, fx, rows):
         'noise': np.load(out/'epochs'/f'{noise}.npy')[rows],
         'patients': table.patient.tolist(), 'images': table.image.tolist()}
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #2cb1b6f3
 def statistics_inputs(
     out:Path, # Folder of the scores
     files:pd.DataFrame, # As in `score_files`
@@ -678,6 +688,7 @@ def _summary_table(out, files):
     columns = ['model', 'source', 'epoch', 'n_pairs', *SUMMARY_METRICS, 'ssim_full', 'mae', 'task']
     return pd.DataFrame(rows)[columns].astype(dict.fromkeys(SET_COLUMNS, float))
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #d55f537d
 def gather_scores(
     out:Path, # Folder of the scores
     checkpoints:pd.DataFrame, # As in `find_checkpoints`; all are scored

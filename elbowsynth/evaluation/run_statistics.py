@@ -31,6 +31,7 @@ def _score_columns():
 SCORE_COLUMNS = _score_columns()
 CHECKPOINT_COLUMNS = ['task', 'model', 'source', 'epoch', 'checkpoint']
 
+# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #18c74850
 def score_intervals(
     table:pd.DataFrame, # `CHECKPOINT_COLUMNS`, pair, patient, image and columns of `SCORE_COLUMNS`
     min_images:int=20, # Number of images below which there is a reason instead of an interval
@@ -75,6 +76,7 @@ def _task_tests(scores, min_images, test_kwargs):
         metric=metrics, region=regions,
         epoch_a=tests.model_a.map(epochs), epoch_b=tests.model_b.map(epochs))
 
+# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #8a54b26d
 def score_tests(
     table:pd.DataFrame, # As in `score_intervals`; one checkpoint of each model
     min_images:int=20, # Number of images below which there is a reason instead of a test
@@ -117,6 +119,7 @@ def _mmd_trend(summary):
     trend = set_trend(summary.mmd2, summary.epoch)
     return row | {'rank_correlation': trend['tau'], 'p': trend['p']}
 
+# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #b2a2c272
 def score_trends(
     table:pd.DataFrame, # As in `score_intervals`, of all trained checkpoints
     summary:pd.DataFrame, # task, model, epoch and mmd2 of each
@@ -160,6 +163,7 @@ def _mmd_statistics(features, kernel, n_resamples, margin_fraction, device):
         'p': test['p'], 'test': name, 'equivalence_margin': margin,
         'equivalent': bool(upper<margin)}
 
+# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #3f6736e4
 def mmd_intervals(
     sets:list[dict], # Each with `CHECKPOINT_COLUMNS`, paired, fx, fy, noise, patients and images
     conventions:dict, # As `MMD_CONVENTIONS`
@@ -199,6 +203,7 @@ def _diversity_statistics(features, measure, reason, n_resamples):
         measured, fx, fy, real[first], generated, n_resamples=n_resamples)
     return values, intervals, len(first)
 
+# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #4d89b097
 def diversity_intervals(
     sets:list[dict], # As in `mmd_intervals`
     measure:Callable, # Features of real and generated images to a dict, as `fidelity_diversity`

@@ -34,6 +34,7 @@ def blur_in_mask(images, masks, severity):
     "Gaussian blur inside the mask only"
     return np.where(masks>127, blur(images, masks, severity), images)
 
+# %% ../../nbs/5_evaluation/68_sensitivity.ipynb #5d22a44a
 DISTORTIONS = { # Name to function, severities and unit of the severity
     'blur': (blur, (.5, 1., 2., 4.), 'sigma in pixels'),
     'shift': (translate, (1, 2, 4, 8), 'pixels to the right'),

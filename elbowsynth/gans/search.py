@@ -54,7 +54,8 @@ def open_study(
     lock.unlink(missing_ok=True)                                # of a process killed while writing
     path.parent.mkdir(parents=True, exist_ok=True)
     backend = JournalFileBackend(str(path), JournalFileOpenLock(str(path)))
-    return optuna.create_study(study_name=model, storage=JournalStorage(backend), load_if_exists=True)
+    storage = JournalStorage(backend)
+    return optuna.create_study(study_name=model, storage=storage, load_if_exists=True)
 
 def ask(
     study, # From `open_study`
@@ -76,8 +77,9 @@ def tell(
     "Write a finished trial into the journal"
     from optuna.trial import TrialState, create_trial
     state = TrialState.COMPLETE if score is not None else TrialState.FAIL
-    study.add_trial(create_trial(params=trial.params, distributions=trial.distributions, value=score,
-                                 state=state))
+    finished = create_trial(params=trial.params, distributions=trial.distributions, value=score,
+                            state=state)
+    study.add_trial(finished)
 
 # %% ../../nbs/3_gans/39_search.ipynb #9a2cb841
 def run_trial(
@@ -106,14 +108,15 @@ def run_trial(
 # %% ../../nbs/3_gans/39_search.ipynb #7512b0ec
 def collect_trials(
     out:Path, # Folder of the stage
-)->pd.DataFrame: # A row for each trial: model, trial, mmd2 and hyperparameters; mmd2 is NaN if it diverged
-    "Write `trials.csv`, and `best_hyperparameters.json` with the best trials next to the paper's values"
+)->pd.DataFrame: # model, trial, mmd2 (NaN if training diverged) and hyperparameters
+    "Write `trials.csv`, and `best_hyperparameters.json` with the best trial of each model"
     rows = []
     for model in ('ac_gan', 'tac_gan'):
         for trial in open_study(out/'journal.jsonl', model).trials:
             rows.append({'model': model, 'trial': trial.number, 'mmd2': trial.value} | trial.params)
     table = pd.DataFrame(rows).astype({'mmd2': float})
-    with atomic_write(out/'trials.csv') as part: table.to_csv(part, index=False, float_format='%.6g')
+    with atomic_write(out/'trials.csv') as part:
+        table.to_csv(part, index=False, float_format='%.6g')
     best = {}
     for model,trials in table.dropna(subset='mmd2').groupby('model'):
         top = trials.loc[trials.mmd2.idxmin()]
@@ -147,9 +150,10 @@ def search_hyperparameters(
     is_validation = np.asarray(validation_mask(pairs, validation_fraction))
     validation_images = images[is_validation]
     if len(np.unique(validation_images, axis=0))<2: raise ValueError(
-        f'validation_fraction {validation_fraction} gives {is_validation.sum()} validation pairs with '
-        'fewer than 2 different images, too few for MMD; fix: increase validation_fraction')
-    fixed = dict(epochs=epochs, width=width, label_fields=label_fields, n_labels=n_labels, seed=seed)
+        f'validation_fraction {validation_fraction} gives {is_validation.sum()} validation pairs '
+        'with fewer than 2 different images, too few for MMD; fix: increase validation_fraction')
+    fixed = dict(epochs=epochs, width=width, label_fields=label_fields, n_labels=n_labels,
+                 seed=seed)
     labels = pairs[list(label_fields)].to_numpy().tolist()
     claim_run_dir(out, fixed | {
         'images_hash': content_hash(images, labels), 'validation_hash': content_hash(is_validation),
@@ -165,7 +169,7 @@ def search_hyperparameters(
             try:
                 score = run_trial(model, hyperparameters, images, pairs, is_validation,
                                   real_features, folder, extractor, device, **fixed)
-            except FloatingPointError: score = None             # it diverged and would diverge again
+            except FloatingPointError: score = None             # the training diverged
             tell(study, trial, score)
     return collect_trials(out)
 

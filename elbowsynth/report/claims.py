@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['blocking_conditions', 'verdict', 'monotonicity', 'boost_change', 'checkpoint_variability', 'ordering_holds',
-           'format_scores', 'RunResults', 'gan_claims', 'diffusion_claims', 'comparison_claims', 'claims',
-           'claims_text']
+           'format_scores', 'RunResults', 'gan_claims', 'first_is_best', 'diffusion_claims', 'comparison_claims',
+           'claims', 'claims_text']
 
 # %% ../../nbs/6_report/83_claims.ipynb #15ab3dca
 import numpy as np, pandas as pd
@@ -169,21 +169,18 @@ def gan_claims(
             variability[MODEL_NAMES[model]] = checkpoint_variability(scores, model)
     return [
         results.claim_row(
-            'TAC-GAN above AC-GAN above WGAN-GP',
-            paper_section='Section 5',
+            'TAC-GAN above AC-GAN above WGAN-GP', paper_section='Section 5',
             deciding_statistic='SSIM of the checkpoint selected by validation: paired by image, '
                                'three seeds each, corrected for three comparisons',
             result=format_scores(ssim),
             direction=ordering_holds(ssim.values()), models=gans),
         results.claim_row(
-            'AC-GAN best by MMD',
-            paper_section='Section 5',
+            'AC-GAN best by MMD', paper_section='Section 5',
             deciding_statistic='unbiased MMD² with intervals by patient, three seeds',
             result=format_scores(mmd, 'mmd2'),
             direction=ordering_holds(mmd_order), models=gans),
         results.claim_row(
-            'WGAN-GP improves slowly but steadily',
-            paper_section='Section 4.1',
+            'WGAN-GP improves slowly but steadily', paper_section='Section 4.1',
             deciding_statistic='share of steps between checkpoints in which SSIM increases, over '
                                'seeds',
             result=format_scores({'share of increases': wgan_monotonicity}),
@@ -196,19 +193,27 @@ def gan_claims(
             result=format_scores(change),
             direction=ordering_holds([np.maximum(*change.values()), 0]), models=gans[1:]),
         results.claim_row(
-            "AC-GAN's orientation is unstable, TAC-GAN's is not",
-            paper_section='Section 4.1',
+            "AC-GAN's orientation is unstable, TAC-GAN's is not", paper_section='Section 4.1',
             deciding_statistic="agreement of an image's side and axis across checkpoints; until "
                                "then, standard deviation of a pair's SSIM between checkpoints",
             result=format_scores(variability),
             direction=ordering_holds(variability.values()), models=gans[1:]),
         results.claim_row(
-            'GANs collapse above 256 pixels',
-            paper_section='Sections 3.3, 5',
+            'GANs collapse above 256 pixels', paper_section='Sections 3.3, 5',
             deciding_statistic='trainings at 256 and 512 pixels, three seeds each: share of '
                                'collapsed ones, by diversity within a class',
             result='one size',
             direction=None, models=gans)]
+
+# %% ../../nbs/6_report/83_claims.ipynb #0fb963e5
+def first_is_best(
+    curve:pd.DataFrame, # Trained checkpoints in order: epoch, ssim
+)->tuple: # Text, and whether the best checkpoint is the first; None for fewer than two
+    "The epoch of the best SSIM"
+    if not len(curve): return 'not scored', None
+    peak = int(curve.epoch.iloc[curve.ssim.argmax()])
+    text = f'epoch {peak} of {", ".join(map(str, curve.epoch))}'
+    return text, peak==curve.epoch.min() if len(curve)>1 else None
 
 # %% ../../nbs/6_report/83_claims.ipynb #f3439fb0
 def diffusion_claims(
@@ -225,12 +230,7 @@ def diffusion_claims(
     boundary_ssim = {MODEL_NAMES[m]: results.region_ssim(m, 'boundary', 'raw') for m in both}
     increases = {MODEL_NAMES[m]: monotonicity(results.curve(m, trained_only=True).ssim)
                  for m in both}
-    sdxl = results.curve('sdxl', trained_only=True)
-    peak_text, peak_is_first = 'not scored', None
-    if len(sdxl):
-        peak = int(sdxl.epoch.iloc[sdxl.ssim.argmax()])
-        peak_text = f'epoch {peak} of {", ".join(map(str, sdxl.epoch))}'
-        if len(sdxl)>1: peak_is_first = peak==sdxl.epoch.min()
+    peak_text, peak_is_first = first_is_best(results.curve('sdxl', trained_only=True))
     boost = {}
     for model in both:
         checkpoints = results.curve(model, include_boosted=True)
@@ -240,48 +240,41 @@ def diffusion_claims(
     changes = [f'{c} from {v[0]:.3f} to {v[-1]:.3f}' for c, v in diversity.items() if v]
     return [
         results.claim_row(
-            'FLUX above SDXL',
-            paper_section='Sections 1.1, 5',
+            'FLUX above SDXL', paper_section='Sections 1.1, 5',
             deciding_statistic='SSIM inside the mask, paired by image, three seeds',
             result=ssim_text,
             direction=ordering_holds(ssim.values()), models=both),
         results.claim_row(
-            'FLUX better than SDXL by MMD',
-            paper_section='Section 5',
+            'FLUX better than SDXL by MMD', paper_section='Section 5',
             deciding_statistic='unbiased MMD² of the images before compositing, with intervals by '
                                'patient',
             result=format_scores(mmd, 'mmd2'),
             direction=ordering_holds([-v for v in mmd.values()]), models=both),
         results.claim_row(
-            "FLUX's curve is the smoother one",
-            paper_section='Section 5',
+            "FLUX's curve is the smoother one", paper_section='Section 5',
             deciding_statistic='share of steps between checkpoints in which SSIM increases, over '
                                'seeds',
             result=format_scores(increases),
             direction=ordering_holds(increases.values()), models=both),
         results.claim_row(
-            'FLUX blends, SDXL does not',
-            paper_section='Sections 4.2, 5',
+            'FLUX blends, SDXL does not', paper_section='Sections 4.2, 5',
             deciding_statistic='SSIM along the mask boundary of the images before compositing, '
                                'paired by image',
             result=format_scores(boundary_ssim),
             direction=ordering_holds(boundary_ssim.values()), models=both),
         results.claim_row(
-            'SDXL is best at its first checkpoint',
-            paper_section='Section 4.2',
+            'SDXL is best at its first checkpoint', paper_section='Section 4.2',
             deciding_statistic='epoch of the best SSIM, with a bootstrap over patients',
             result=peak_text,
             direction=peak_is_first, models=['sdxl']),
         results.claim_row(
-            'The boosted learning rate makes FLUX worse: no ceiling yet',
-            paper_section='Section 5',
+            'The boosted learning rate makes FLUX worse: no ceiling yet', paper_section='Section 5',
             deciding_statistic='change of SSIM during the boosted epochs, compared with a control '
                                'at the normal learning rate',
             result=format_scores(boost)+' (no control)',
             direction=ordering_holds([boost['FLUX'], 0]), models=['flux']),
         results.claim_row(
-            'A plateau of MMD is a sign of diversity',
-            paper_section='Section 5',
+            'A plateau of MMD is a sign of diversity', paper_section='Section 5',
             deciding_statistic='recall, coverage or Vendi score during training, beside an '
                                'unbiased MMD² that no longer decreases',
             result=', '.join(changes) or 'no measure of diversity in this run',
@@ -300,8 +293,7 @@ def comparison_claims(
         improvements.append(f'{task} none' if pd.isna(largest) else f'{task} {largest:.2f}')
     return [
         results.claim_row(
-            'Diffusion above GANs',
-            paper_section='Sections 5, 6',
+            'Diffusion above GANs', paper_section='Sections 5, 6',
             deciding_statistic='no score of full images can: both on the same region, inside the '
                                'mask, compared with the same baselines',
             result=f'largest improvement of MMD² over noise: {", ".join(improvements)}, which does '
