@@ -66,7 +66,7 @@ def batch_indices(
     seed:int=0, # Seed of the shuffles
     start:int=0, # Batches already done
 ):
-    "Yield index arrays (batch_size,) until each image was used `epochs` times; the last may exceed it"
+    "Yield index arrays (batch_size,) until each image was used `epochs` times; the last may go on"
     shuffled = {}                                                   # epoch to permutation
     for batch in range(start, -(-epochs*n//batch_size)):
         positions = np.arange(batch*batch_size, (batch+1)*batch_size)

@@ -1,4 +1,4 @@
-"The small base models: architecture, loading by diffusers, the scores in their model cards, and their simulated patients"
+"The small base models: architecture, loading by diffusers, scores of the model cards, patients"
 import json, shutil
 import numpy as np, pandas as pd, pytest, torch
 from safetensors import safe_open
@@ -85,7 +85,8 @@ def test_all_captions_have_different_embeddings(pipelines, name):
         assert max(map(len, ids))<=tokenizer.model_max_length
         if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.pad_token_id):
             assert not any(tokenizer.unk_token_id in i for i in ids)
-    if name=='tiny-flux': encoded = pipe.encode_prompt(captions, None, 'cpu', max_sequence_length=24)
+    if name=='tiny-flux':
+        encoded = pipe.encode_prompt(captions, None, 'cpu', max_sequence_length=24)
     else: encoded = pipe.encode_prompt(captions, device='cpu', do_classifier_free_guidance=False)
     embeddings = encoded[0].flatten(1)[None]
     distances = torch.cdist(embeddings, embeddings)[0]

@@ -136,7 +136,7 @@ def batch_loss(
     batch:Batch,
     cached_embeddings:dict, # Of frozen text encoders, as in `encode_captions`
     config:FineTuneConfig,
-)->tuple[torch.Tensor,torch.Tensor]: # Losses (n,); (n, 4): summed error and area, inside and outside
+)->tuple: # Losses, (n,); summed squared error and mask area inside, then outside, (n, 4)
     "The loss of each sample, and the squared error inside and outside the mask for the log"
     prompt_embeds = encode_captions(pipe, spec, batch.captions, cached_embeddings)
     model_pred, target, loss_weights = spec.predict(pipe, batch, prompt_embeds)
