@@ -246,7 +246,8 @@ def apply_overrides(
         override = overrides.get(record['file']) or overrides.get(record['source']) or {}
         masks = record['masks']
         pathologies = override.get('pathologies')
-        if not pathologies: pathologies = [p or defaults.get('pathology', '') for p in masks] or ['']
+        if not pathologies:
+            pathologies = [p or defaults.get('pathology', '') for p in masks] or ['']
         unassigned = masks.get('', '') if len(pathologies)==1 else ''
         new = {'masks': {p: masks.get(p) or unassigned for p in pathologies}}
         for key in ('view', 'side'):
@@ -352,7 +353,7 @@ def pseudonymize(
 class Imported:
     "The result of an import"
     labels:pd.DataFrame # As in `labels.csv`
-    rejects:pd.DataFrame # `file` and `reason`; the names are readable even if `rejects.csv` has hashes
+    rejects:pd.DataFrame # `file` and `reason`, with names even where `rejects.csv` has hashes
     summary:dict # As in `import.json`
 
 def labels_table(
@@ -468,15 +469,15 @@ def write_tables(
 # %% ../../nbs/2_data/24_importers.ipynb #fc15f72d
 def _write_image(record, out):
     "Write an image and its masks; the record with their paths in place of their bytes"
-    name, png, masks = record['name'], record['png'], record['masks']
-    write_if_changed(out/f'{name}.png', png)
+    name = record['name']
+    write_if_changed(out/f'{name}.png', record['png'])
     paths = {}
-    for pathology,mask in masks.items():
+    for pathology,mask in record['masks'].items():
         suffix = (pathology or 'unnamed').replace(' ', '_')
         paths[pathology] = f'masks/{name}__{suffix}.png' if mask else ''
         if mask: write_if_changed(out/paths[pathology], mask)
     rest = {k: v for k,v in record.items() if k not in ('png', 'shapes')}
-    return rest | {'file': f'{name}.png', 'masks': paths, 'sha256': _sha256(png)}
+    return rest | {'file': f'{name}.png', 'masks': paths, 'sha256': _sha256(record['png'])}
 
 def write_import(
     records:list[dict], # At least `file`; in the order of `labels.csv`
@@ -502,7 +503,8 @@ def write_import(
     results = parallel_map(read, queue)
     results = progress(results, 'Images', total=len(records), max_minutes=max_minutes)
 
-    accepted, rejects, seen = [], list(rejects), set()
+    accepted, seen = [], set()
+    rejects = list(rejects)
     for result,record in zip(results, records):
         if isinstance(result, str):
             rejects.append((record['file'], result))
@@ -559,7 +561,7 @@ def _without_suffix(file): return file.rsplit('.', 1)[0]
 
 def name_index(
     files:list[str], # Relative paths with slashes
-)->dict[str,list[str]]: # Path, name, or either without suffix, in lower case, to the files it may mean
+)->dict[str,list[str]]: # Path or name, with or without suffix, lower case, to matching files
     "Ways to name a file; a path takes precedence over a name"
     index = {}
     for naming in (str, _without_suffix, lambda f: Path(f).name, lambda f: Path(f).stem):
@@ -594,7 +596,8 @@ def images_from_table(
     source:Path, # Folder of the images and masks
 )->tuple[list[dict], list[tuple]]: # Records; (file, reason) of rejects
     "The images of a table, one record for all rows of a file"
-    records, rejects, lookup = {}, [], name_index(files)
+    records, rejects = {}, []
+    lookup = name_index(files)
     for cells in table.to_dict('records'):
         row = {ours: cells[theirs] for ours,theirs in columns.items()}
         file, reason = resolve_file(row['file'], lookup)
@@ -638,7 +641,8 @@ def read_annotations(
             path = resolve_inside(source, str(Path(file).with_suffix('.json')))
             if path: found += [shape | {'file': file} for shape in read_labelme(path)]
 
-    shapes, rejects, lookup = {}, [], name_index(files)
+    shapes, rejects = {}, []
+    lookup = name_index(files)
     for shape in found:
         file, reason = resolve_file(shape['file'], lookup)
         if reason: rejects.append((shape['file'], f'annotation: {reason}'))

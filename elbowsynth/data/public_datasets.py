@@ -17,143 +17,219 @@ from .importers import (
     read_grayscale, resolve_file, unique_names, write_import)
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #650ac5ce
+def _is_mura(folder):
+    "Whether a folder holds elbow radiographs of MURA"
+    return any((folder/subset/'XR_ELBOW').is_dir() for subset in ('train', 'valid'))
+
 def mura_root(
-    source:Path, # `MURA-v1.1` or the folder above
+    source:Path, # `MURA-v1.1` or its parent folder
 )->Path: # The folder with `train` and `valid`
-    "Where MURA lies; raises ValueError if it is not there, or its tables contradict its folders"
-    top = next((p for p in (Path(source), *sorted(Path(source).glob('MURA*'))) if any((p/part/'XR_ELBOW').is_dir() for part in ('train', 'valid'))), None)
-    if top is None: raise ValueError(f'{source} holds no train/XR_ELBOW or valid/XR_ELBOW: is it the folder MURA-v1.1?')
-    for table in sorted(top.glob('*_labeled_studies.csv')):
-        for folder, label in (l.strip().split(',')[:2] for l in table.read_text().splitlines() if ',' in l):
-            name = Path(folder).name.rsplit('_', 1)[-1]
-            if name!={'0': 'negative', '1': 'positive'}.get(label.strip()): raise ValueError(f'{table.name} calls {folder} {label}: the copy of MURA is damaged')
-    return top
+    "The folder of MURA; raises ValueError if it is missing, or if a table contradicts the folders"
+    candidates = [Path(source), *sorted(Path(source).glob('MURA*'))]
+    found = [c for c in candidates if _is_mura(c)]
+    if not found:
+        raise ValueError(f'{source} has no train/XR_ELBOW or valid/XR_ELBOW; '
+                         'expected the folder MURA-v1.1')
+    for table in sorted(found[0].glob('*_labeled_studies.csv')):
+        for line in table.read_text().splitlines():
+            if ',' not in line: continue
+            study, label = line.strip().split(',')[:2]
+            suffix = Path(study).name.rsplit('_', 1)[-1]
+            if suffix!={'0': 'negative', '1': 'positive'}.get(label.strip()):
+                raise ValueError(f'{table.name} labels {study} as {label}, which contradicts the '
+                                 'name of the folder; fix: download MURA again')
+    return found[0]
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #e3980049
 def import_mura(
     source:Path, # `MURA-v1.1`
     out:Path, # Folder to write
-    labels:dict=None, # What negative and positive mean
-    license:str='Stanford MURA research use, no redistribution', # Of the set
-    **kwargs, # For `write_import`: overrides, usual, limit
+    labels:dict=None, # Classes of `negative` and `positive`
+    license:str='Stanford MURA research use, no redistribution', # Of the data set
+    **kwargs, # For `write_import`: overrides, defaults, max_minutes
 )->Imported: # What was written
-    "MURA's elbows; positive studies without a class"
-    top, words = mura_root(source), label_mapping(['negative', 'positive'], {'negative': 'normal', 'positive': ''} | (labels or {}))
+    "Import the elbow radiographs of MURA; positive studies have no class"
+    top = mura_root(source)
+    classes = {'negative': 'normal', 'positive': ''} | (labels or {})
+    label_map = label_mapping(['negative', 'positive'], classes)
     files, rejects = list_files(top)
-    films = []
-    for f in files:
-        part, region, patient, study, *_ = (*Path(f).parts, '', '', '')
+    records = []
+    for file in files:
+        padded = (*Path(file).parts, '', '', '')
+        subset, region, patient, study = padded[:4]
         label = study.rsplit('_', 1)[-1]
-        if region!='XR_ELBOW' or label not in words: continue
-        films.append(dict(file=f, name=f'{patient}_{study}_{Path(f).stem}', patient=patient, labels=[label], more={'part': part, 'study': study.split('_')[0]}))
-    notes = {'kind': 'MURA XR_ELBOW', 'labels are': 'of studies, not of films'}
-    return write_import(films, top, out, words, license=license, rejects=rejects, notes=notes, **kwargs)
+        if region!='XR_ELBOW' or label not in label_map: continue
+        extra = {'subset': subset, 'study': study.split('_')[0]}
+        records.append(dict(file=file, name=f'{patient}_{study}_{Path(file).stem}',
+                            patient=patient, labels=[label], extra=extra))
+    notes = {'format': 'MURA XR_ELBOW', 'label_level': 'study'}
+    return write_import(records, top, out, label_map, license=license, rejects=rejects,
+                        notes=notes, **kwargs)
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #1e612f11
 def fracatlas_record(
     row:dict, # Of `dataset.csv`
     file:str, # Its image
-)->dict: # On its way
-    "A film of FracAtlas as its table describes it"
-    on = {k for k,v in row.items() if v=='1'}
-    views = [w for k,w in (('frontal', 'AP'), ('lateral', 'LAT'), ('oblique', '')) if k in on]
-    label = 'fractured' if 'fractured' in on else 'hardware' if 'hardware' in on else 'not fractured'
-    more = {k: str(int(k in on)) for k in ('hardware', 'multiscan', 'mixed')}
-    return dict(file=file, view=views[0] if len(views)==1 and 'multiscan' not in on else '', labels=[label], shapes=[], more=more)
+)->dict: # A record for `write_import`
+    "An image of FracAtlas as its table describes it"
+    flags = {column for column,value in row.items() if value=='1'}
+    columns = {'frontal': 'AP', 'lateral': 'LAT', 'oblique': ''}
+    views = [view for column,view in columns.items() if column in flags]
+    has_one_view = len(views)==1 and 'multiscan' not in flags
+    label = 'not fractured'
+    if 'hardware' in flags: label = 'hardware'
+    if 'fractured' in flags: label = 'fractured'
+    extra = {k: str(int(k in flags)) for k in ('hardware', 'multiscan', 'mixed')}
+    return dict(file=file, view=views[0] if has_one_view else '', labels=[label], shapes=[],
+                extra=extra)
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #9b8bc8d5
+def _listed_names(path):
+    "The file names in a list, one in a line or the first column of a CSV file"
+    lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
+    names = [line.split(',')[0].strip() for line in lines if line.strip()]
+    is_header = bool(names) and '.' not in names[0]
+    return names[1:] if is_header else names
+
+def _add_fracture_outlines(records, source, lookup):
+    "Add the COCO polygons of fractures to the records of their images"
+    path = Path(source)/'Annotations'/'COCO JSON'/'COCO_fracture_masks.json'
+    by_file = {r['file']: r for r in records}
+    for shape in read_coco(path):
+        file, _ = resolve_file(shape['file'], lookup)
+        if file in by_file: by_file[file]['shapes'].append(shape | {'label': 'fractured'})
+
 def import_fracatlas(
     source:Path, # `FracAtlas`
     out:Path, # Folder to write
-    files:Path=None, # A list of the films wanted, a name a line or a CSV with a column of them
-    parts:list[str]=(), # Or the columns of which one must be set: hand, leg, hip, shoulder
-    labels:dict=None, # What fractured, `hardware` without a fracture, and neither of both mean
-    license:str='CC BY 4.0', # Of the set
-    **kwargs, # For `write_import`: overrides, usual, limit
+    files:Path=None, # List of the images to import: a name in a line, or the first column of a CSV
+    body_parts:list[str]=(), # Instead of `files`: hand, leg, hip, shoulder; images with any of them
+    labels:dict=None, # Classes of `fractured`, `hardware` (without fracture) and `not fractured`
+    license:str='CC BY 4.0', # Of the data set
+    **kwargs, # For `write_import`: overrides, defaults, max_minutes
 )->Imported: # What was written
-    "FracAtlas' films that somebody chose, with the outlines of their fractures"
-    table, known = read_table(Path(source)/'dataset.csv'), name_index([f for f in list_files(source)[0] if f.startswith('images/')])
-    if bool(files)==bool(parts): raise ValueError(
-        'FracAtlas does not say which films are elbows: give a list of files (--files), or parts of the body (--part hand)')
-    if lacking := [c for c in ('image_id', 'fractured', 'multiscan', 'hardware', *parts) if c not in table]: raise ValueError(
-        f'dataset.csv has no column {", ".join(lacking)}')
-    lines = [l.split(',')[0].strip() for l in Path(files).read_text(encoding='utf-8-sig').splitlines() if l.strip()] if files else []
-    listed = {l: resolve_file(l, known) for i,l in enumerate(lines) if i or '.' in l}          # a first line without a dot is a heading
-    films, rejects = [], [(l, reason) for l,(_,reason) in listed.items() if reason]
+    "Import chosen images of FracAtlas, with the outlines of fractures as masks"
+    table = read_table(Path(source)/'dataset.csv')
+    lookup = name_index([f for f in list_files(source)[0] if f.startswith('images/')])
+    if bool(files)==bool(body_parts):
+        raise ValueError('FracAtlas does not mark elbows; fix: give either a list of files '
+                         '(--files) or body parts (--body-part hand)')
+    required = ['image_id', 'fractured', 'multiscan', 'hardware', *body_parts]
+    missing = [column for column in required if column not in table]
+    if missing: raise ValueError(f'dataset.csv: missing columns {", ".join(missing)}')
+
+    listed = {name: resolve_file(name, lookup) for name in (_listed_names(files) if files else [])}
+    rejects = [(name, reason) for name,(_,reason) in listed.items() if reason]
     chosen = {file for file,_ in listed.values()}
+    records = {}
     for row in table.to_dict('records'):
-        file, reason = resolve_file(row['image_id'], known)
-        if files and file not in chosen or parts and not any(row[p]=='1' for p in parts): continue
+        file, reason = resolve_file(row['image_id'], lookup)
+        if files and file not in chosen: continue
+        if body_parts and not any(row[part]=='1' for part in body_parts): continue
         if reason: rejects.append((row['image_id'], reason))
-        else: films.append(fracatlas_record(row, file))
-    films = {f['file']: f for f in films}
-    for s in read_coco(Path(source)/'Annotations'/'COCO JSON'/'COCO_fracture_masks.json'):
-        if (file := resolve_file(s['file'], known)[0]) in films: films[file]['shapes'].append(s | {'label': 'fractured'})
-    words = label_mapping(['fractured', 'hardware', 'not fractured'], {'fractured': '', 'hardware': '', 'not fractured': 'normal'} | (labels or {}))
-    return write_import(list(films.values()), source, out, words, license=license, rejects=rejects, notes={'kind': 'FracAtlas'}, **kwargs)
+        else: records[file] = fracatlas_record(row, file)
+    _add_fracture_outlines(records.values(), source, lookup)
+    classes = {'fractured': '', 'hardware': '', 'not fractured': 'normal'}
+    label_map = label_mapping(list(classes), classes | (labels or {}))
+    return write_import(list(records.values()), source, out, label_map, license=license,
+                        rejects=rejects, notes={'format': 'FracAtlas'}, **kwargs)
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #f54a3f94
 def yolo_label_file(
-    source:Path, # A set
-    file:str, # An image in it, below a folder `images`
-)->Path|None: # The text, in a folder `labels` beside that; None if there is none
-    "The text that belongs to an image"
+    source:Path, # A data set
+    file:str, # Path of an image, in a folder `images`
+)->Path|None: # The text file in the corresponding folder `labels`; None if there is none
+    "The label file of an image"
     parts = list(Path(file).with_suffix('.txt').parts)
-    parts[max(i for i,p in enumerate(parts[:-1]) if p=='images')] = 'labels'
+    last = max(i for i,part in enumerate(parts[:-1]) if part=='images')
+    parts[last] = 'labels'
     return resolve_inside(source, str(Path(*parts)))
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #b5d2ec6b
 def drop_augmented_copies(
     files:list[str], # Images, in order
-    has_labels=lambda f: True, # Whether it has a text
-)->tuple[list[str], dict]: # Those kept, and what there was of copies
-    "The first copy of each film, of those with a text if there are any"
+    has_labels=lambda file: True, # Whether an image has a label file
+)->tuple[list[str], dict]: # One copy of each image; counts for the summary
+    "Keep the first copy of each image, preferably one with a label file"
     copies = {}
-    for f in sorted(files, key=lambda f: not has_labels(f)): copies.setdefault(f if original_stem(f)==Path(f).stem else original_stem(f), []).append(f)
-    crossing = sum(len({Path(f).parent for f in c})>1 for c in copies.values())
-    return sorted(c[0] for c in copies.values()), {'copies dropped': len(files)-len(copies), 'films with copies in several sets': crossing}
+    for file in sorted(files, key=lambda f: not has_labels(f)):
+        stem = original_stem(file)
+        is_copy = stem!=Path(file).stem
+        copies.setdefault(stem if is_copy else file, []).append(file)
+    n_folders = [len({Path(f).parent for f in group}) for group in copies.values()]
+    counts = {'n_augmented_copies_dropped': len(files)-len(copies),
+              'n_images_in_several_splits': sum(n>1 for n in n_folders)}
+    return sorted(group[0] for group in copies.values()), counts
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #189c0dc9
+def _yolo_names(path):
+    "The class names in `data.yaml`, a list or a dict by number"
+    names = (yaml.safe_load(path.read_text(encoding='utf-8')) or {}).get('names') or []
+    if isinstance(names, dict): names = [names[k] for k in sorted(names)]
+    return [str(n) for n in names]
+
 def import_yolo(
     source:Path, # With `data.yaml`, and folders `images` and `labels`
     out:Path, # Folder to write
-    labels:dict=None, # Names of its classes to ours, to '' (unknown) or None (not wanted)
-    unmapped:str='error', # Or `empty`
-    negative:str='normal', # What a film with an empty file shows; '' if that is unknown, None to leave it out
-    **kwargs, # For `write_import`: licence, overrides, usual, limit
+    labels:dict=None, # Class name of the data set to class, to '' (unknown) or None (not wanted)
+    unmapped:str='error', # Or `empty`: class names without a mapping count as unknown
+    empty_label:str='normal', # Class of an image with an empty label file; '' unknown, None dropped
+    **kwargs, # For `write_import`: license, overrides, defaults, max_minutes
 )->Imported: # What was written
-    "A set for YOLO: boxes and polygons become masks, one for each film and class"
-    if not (yaml_file := Path(source)/'data.yaml').is_file(): raise ValueError(f'{source} holds no data.yaml')
-    names = (yaml.safe_load(yaml_file.read_text(encoding='utf-8')) or {}).get('names') or []
-    names = [str(names[k]) for k in sorted(names)] if isinstance(names, dict) else [str(n) for n in names]
-    words = label_mapping(names, labels, unmapped) | {'(empty)': negative}
+    "Import a YOLO data set; boxes and polygons become one mask for each image and class"
+    yaml_file = Path(source)/'data.yaml'
+    if not yaml_file.is_file(): raise ValueError(f'{source} has no data.yaml')
+    names = _yolo_names(yaml_file)
+    label_map = label_mapping(names, labels, unmapped) | {'(empty)': empty_label}
     files, rejects = list_files(source)
-    films, notes = drop_augmented_copies([f for f in files if 'images' in Path(f).parts[:-1]], lambda f: yolo_label_file(source, f))
+    images = [f for f in files if 'images' in Path(f).parts[:-1]]
+    images, counts = drop_augmented_copies(images, lambda f: yolo_label_file(source, f))
+
     def read(path):
-        image, text = read_grayscale(path)[0], yolo_label_file(source, path.relative_to(source))
-        shapes = read_yolo(text, *image.shape[:2], names) if text else []
-        return image, {'shapes': shapes, 'labels': ['(empty)'] if text and not shapes else []}
-    films = [dict(file=f, name=n) for f,n in zip(films, unique_names([str(Path(f).with_name(original_stem(f)+Path(f).suffix)) for f in films]))]
-    return write_import(films, source, out, words, read, rejects=rejects, notes={'kind': 'YOLO'} | notes, **kwargs)
+        image, _ = read_grayscale(path)
+        label_file = yolo_label_file(source, path.relative_to(source))
+        shapes = read_yolo(label_file, *image.shape[:2], names) if label_file else []
+        is_empty = label_file and not shapes
+        return image, {'shapes': shapes, 'labels': ['(empty)'] if is_empty else []}
+
+    original_files = [str(Path(f).with_name(original_stem(f)+Path(f).suffix)) for f in images]
+    image_names = unique_names(original_files)
+    records = [{'file': f, 'name': name} for f,name in zip(images, image_names)]
+    return write_import(records, source, out, label_map, read, rejects=rejects,
+                        notes={'format': 'YOLO'} | counts, **kwargs)
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #d0e17066
+def _add_graz_columns(record, row):
+    "Add what the columns `projection`, `fracture_visible`, `metal` and `cast` state to a record"
+    projection = row.get('projection', '')
+    record['view'] = record['view'] or {'1': 'AP', '2': 'LAT'}.get(projection, '')
+    if 'fracture_visible' in row:
+        has_fracture = float(row['fracture_visible'] or 0)
+        record['labels'] = ['fracture' if has_fracture else 'none']
+    for ours,theirs in (('hardware', 'metal'), ('cast', 'cast')):
+        if theirs in row: record['extra'][ours] = str(int(float(row[theirs] or 0)))
+
 def import_png16(
-    source:Path, # Images in folders, and `dataset.csv`
+    source:Path, # Images in subfolders, and `dataset.csv`
     out:Path, # Folder to write
-    table:Path=None, # The table; `dataset.csv` in `source` if None
-    columns:dict=None, # Ours to theirs, where they are not guessed
-    labels:dict=None, # Findings in a column of pathologies, or fracture and none
-    **kwargs, # For `write_import`: licence, overrides, usual, limit
+    table:Path=None, # The table; None for `dataset.csv` in `source`
+    columns:dict=None, # Our column to theirs, where it has none of the usual names
+    labels:dict=None, # Labels of the table, or `fracture` and `none`, to classes
+    **kwargs, # For `write_import`: license, overrides, defaults, max_minutes
 )->Imported: # What was written
-    "A set of 16-bit films, as deep as they are"
+    "Import a data set of 16-bit images at full bit depth"
     files, rejects = list_files(source, ('.png',))
     rows = read_table(Path(table or Path(source)/'dataset.csv'))
-    films, more = images_from_table(rows, column_map(list(rows.columns), columns), files, source)
-    known, films = name_index(files), {f['file']: f for f in films}
-    for r in rows.to_dict('records'):
-        if (f := films.get(resolve_file(r.get('filestem', ''), known)[0])) is None: continue
-        f['view'] = f['view'] or {'1': 'AP', '2': 'LAT'}.get(r.get('projection', ''), '')
-        if 'fracture_visible' in r: f['labels'] = ['fracture' if float(r['fracture_visible'] or 0) else 'none']
-        f['more'] |= {k: str(int(float(r[c] or 0))) for k,c in (('hardware', 'metal'), ('cast', 'cast')) if c in r}
-    words = label_mapping({w for f in films.values() for w in f['labels']+[s['label'] for s in f['shapes']]}, {'fracture': '', 'none': ''} | (labels or {}))
-    return write_import(list(films.values()), source, out, words, rejects=rejects+more, notes={'kind': '16-bit PNG'}, **kwargs)
+    columns = column_map(list(rows.columns), columns)
+    records, unmatched = images_from_table(rows, columns, files, source)
+    lookup, by_file = name_index(files), {r['file']: r for r in records}
+    for row in rows.to_dict('records'):
+        file, _ = resolve_file(row.get('filestem', ''), lookup)
+        if file in by_file: _add_graz_columns(by_file[file], row)
+
+    terms = set()
+    for record in records:
+        terms |= set(record['labels']) | {shape['label'] for shape in record['shapes']}
+    label_map = label_mapping(terms, {'fracture': '', 'none': ''} | (labels or {}))
+    return write_import(records, source, out, label_map, rejects=rejects+unmatched,
+                        notes={'format': '16-bit PNG'}, **kwargs)
