@@ -33,7 +33,7 @@ import: install ## Convert DATA=FOLDER, FROM=dicom|mura|fracatlas|yolo|folder|pn
 	@$(IN)python -m elbowsynth.data.import_cli $(FROM) "$(DATA)" "$(TO)" $(OPTIONS)
 
 test: install ## Run the tests; ALL=1 includes those that take minutes
-	@ELBOWSYNTH_ALL="$(ALL)" ELBOWSYNTH_HYPOTHESIS=same $(IN)python -m pytest tests
+	@ELBOWSYNTH_ALL="$(ALL)" ELBOWSYNTH_HYPOTHESIS=same $(IN)python -m pytest -n 2 --dist loadgroup --durations 25 tests
 
 fuzz: install ## Run the property tests with new random examples
 	@ELBOWSYNTH_ALL="$(ALL)" ELBOWSYNTH_HYPOTHESIS=new $(IN)python -m pytest tests -m hypothesis

@@ -85,7 +85,7 @@ def format_duration(
     if minutes<60: return f'{minutes}:{seconds:02d}'
     return f'{minutes//60}:{minutes%60:02d}:{seconds:02d}'
 
-# %% ../nbs/0_core/00_core.ipynb #5cad275c
+# %% ../nbs/0_core/00_core.ipynb #3d5412c7
 class TimeLimitExceeded(RuntimeError): "A loop would take longer than its time limit"
 
 def _progress_bar(desc, total):
@@ -97,6 +97,7 @@ def _progress_bar(desc, total):
     disable = not visible or nested
     return tqdm(total=total, desc=desc, disable=disable, leave=False, file=stream), visible
 
+# %% ../nbs/0_core/00_core.ipynb #5cad275c
 def progress(
     items, # What to iterate over
     desc:str, # Description of the loop

@@ -67,7 +67,7 @@ def table1_rows(
             rows.append((short_metric, MODEL_NAMES[model], noise, *cell))
     return rows
 
-# %% ../nbs/0_core/02_paper.ipynb #25269d1d
+# %% ../nbs/0_core/02_paper.ipynb #f9b6af08
 FACTS = {
     'images': (2783, 'Section 3.1'),
     'masks': (3017, 'Section 3.1'),
@@ -92,6 +92,7 @@ FACTS = {
     'boost_epochs': (20, 'Section 3.4'),
     'references': (60, 'the list of references')}
 
+# %% ../nbs/0_core/02_paper.ipynb #25269d1d
 CURVES = {
     'wgan_gp': 'SSIM from .281 up to .292, MS-SSIM from .387 up to .402; '
                'MMD between 2.463e-4 and 3.835e-4 (Section 4.1)',

@@ -30,7 +30,7 @@ class Job:
     dependencies:list[str] # Names of the stages whose folders it reads
     code_hash:str # Hash of the code that it executes
 
-# %% ../nbs/9_run/90_run.ipynb #757a6e4f
+# %% ../nbs/9_run/90_run.ipynb #d8a8b14d
 def _read_setting(text, known_stages):
     "Of a setting `name=value` or `stage.name=value`: its stages, name and value, and an error"
     left, equals, value = text.partition('=')
@@ -48,6 +48,7 @@ def _read_setting(text, known_stages):
         return [], name, None, f'{text!r}: {owner} parameter {name!r}{suggestion(name, parameters)}'
     return hits, name, '' if value=='' else yaml.safe_load(value), ''
 
+# %% ../nbs/9_run/90_run.ipynb #757a6e4f
 def job_values(
     known_stages:list[Stage], # All stages
     profile:dict[str,dict], # Stage to what the profile sets
@@ -128,7 +129,7 @@ def public_names(
         if is_table: return ast.literal_eval(node.value)
     return {}
 
-# %% ../nbs/9_run/90_run.ipynb #d5e7dd34
+# %% ../nbs/9_run/90_run.ipynb #61a13efa
 def _used_modules(module, names, attributes, library):
     "Modules behind `from MODULE import NAMES`; of a package, those whose names are used"
     folder = Path(library, *module.split('.')) if module else Path(library)
@@ -144,6 +145,7 @@ def _used_modules(module, names, attributes, library):
             found |= _used_modules(prefix+name, attributes, attributes, library)
     return found
 
+# %% ../nbs/9_run/90_run.ipynb #7e443af5
 def _imported_module(node, package):
     "Module in `from MODULE import ...`, relative to the library; None if it is of another one"
     path = node.module.split('.') if node.module else []
@@ -154,6 +156,7 @@ def _imported_module(node, package):
     else: return None
     return '.'.join(path)
 
+# %% ../nbs/9_run/90_run.ipynb #d5e7dd34
 def imported_modules(
     source:str, # Python code
     package:str='', # Subpackage of the source, such as `data`; empty for a notebook
@@ -333,7 +336,7 @@ def failure_message(
     name, text = getattr(error, 'ename', type(error).__name__), getattr(error, 'evalue', error)
     return f'{shown.as_posix()}{where}\n{name}: {text}'
 
-# %% ../nbs/9_run/90_run.ipynb #90f17213
+# %% ../nbs/9_run/90_run.ipynb #09ff976b
 def _restore_user_cache():
     "Give the stage the user's cache folder for downloaded models; Snakemake uses one below `_runs`"
     user_cache = os.environ.pop('ELBOWSYNTH_USER_XDG_CACHE_HOME', None)
@@ -341,11 +344,13 @@ def _restore_user_cache():
     os.environ.pop('XDG_CACHE_HOME')
     if user_cache: os.environ['XDG_CACHE_HOME'] = user_cache
 
+# %% ../nbs/9_run/90_run.ipynb #024c10ae
 def _package_versions():
     packages = [
         'elbowsynth', 'torch', 'diffusers', 'transformers', 'numpy', 'opencv-python-headless']
     return {p: importlib.metadata.version(p) for p in packages}
 
+# %% ../nbs/9_run/90_run.ipynb #90f17213
 def run_stage(
     job:Job, # What to run
     position:str, # Such as `3 of 13`
@@ -394,7 +399,7 @@ def stage_durations(
     seconds = {p.stem: json.loads(p.read_text())['seconds'] for p in logs}
     return {s.name: seconds[s.name] for s in stages(root()/'nbs') if s.name in seconds}
 
-# %% ../nbs/9_run/90_run.ipynb #1fe03b87
+# %% ../nbs/9_run/90_run.ipynb #34b0f563
 def _duration_table(folder):
     "Markdown of the stages' durations"
     rows = ''
@@ -403,6 +408,7 @@ def _duration_table(folder):
         rows += f'<tr><td>{html.escape(stage)}</td>{duration}</tr>'
     return f'## Duration of the stages\n\n<table><tr><th>stage</th><th>time</th></tr>{rows}</table>'
 
+# %% ../nbs/9_run/90_run.ipynb #1fe03b87
 def write_report(
     folder:Path, # Folder of a run
     executed:Path, # An executed stage notebook
@@ -488,7 +494,7 @@ def summarize(
     else: log(f'results: {", ".join(str((folder/j.out).relative_to(root())) for j in jobs[-2:])}')
     return 0
 
-# %% ../nbs/9_run/90_run.ipynb #3720793c
+# %% ../nbs/9_run/90_run.ipynb #47559df8
 def _write_plan(folder, jobs, data_dir, cores):
     "Write `plan.json` for Snakemake and the stages; refuse a folder with results of other data"
     path = folder/'plan.json'
@@ -504,6 +510,7 @@ def _write_plan(folder, jobs, data_dir, cores):
     text = json.dumps(contents, indent=1)               # exactly, not rounded as in save_json
     with atomic_write(path) as part: part.write_text(text)
 
+# %% ../nbs/9_run/90_run.ipynb #3720793c
 def study(
     profile:str='demo', # Name of a file in `params`
     data:str='', # Folder of the user's radiographs; simulated ones if empty
@@ -534,7 +541,7 @@ def study(
         pass_fds=[lock.fileno()])
     return summarize(top/folder, jobs, done.returncode)
 
-# %% ../nbs/9_run/90_run.ipynb #f1906f03
+# %% ../nbs/9_run/90_run.ipynb #2df18e26
 def _build_parser():
     "The command line: `study`, and `stage` for the workflow"
     description = 'Synthetic elbow radiographs: the study and its stages'
@@ -555,12 +562,14 @@ def _build_parser():
     stage.add_argument('plan', type=Path)
     return parser
 
+# %% ../nbs/9_run/90_run.ipynb #1da038f1
 def _run_planned_stage(name, plan_path):
     "Run one job of `plan.json`"
     jobs = [Job(**j) for j in json.loads(plan_path.read_text())['jobs']]
     index = [j.name for j in jobs].index(name)
     return run_stage(jobs[index], f'{index+1} of {len(jobs)}')
 
+# %% ../nbs/9_run/90_run.ipynb #f1906f03
 def main():
     "The command line `python -m elbowsynth.run`"
     args = _build_parser().parse_args()

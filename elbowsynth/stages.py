@@ -136,7 +136,7 @@ def has_setting(
     "Whether a name can be set in a stage"
     return name in stage.defaults or name in option_defaults(stage)
 
-# %% ../nbs/0_core/01_stages.ipynb #9388e752
+# %% ../nbs/0_core/01_stages.ipynb #25be6eae
 def _options_errors(stage, given, given_options):
     "Names in `options` that are not options, or that are also set by name"
     errors, known = [], option_defaults(stage)
@@ -152,6 +152,7 @@ def _options_errors(stage, given, given_options):
                           f'{suggestion(name, known)}')
     return errors
 
+# %% ../nbs/0_core/01_stages.ipynb #9388e752
 def route_settings(
     stage:Stage, # A stage
     given:dict, # Parameter or option to value

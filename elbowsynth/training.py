@@ -86,13 +86,14 @@ def checkpoint_steps(
     at_epochs = sorted({*range(0, epochs+1, checkpoint_every), epochs})
     return {-(-epoch*n//batch_size): epoch for epoch in at_epochs}
 
-# %% ../nbs/0_core/04_training.ipynb #a2b98bde
+# %% ../nbs/0_core/04_training.ipynb #191e9086
 def _records_until(path, step):
     "Lines of a log up to a step, without one that was cut off"
     if not path.exists(): return []
     lines = [line for line in path.read_text().splitlines() if line.endswith('}')]
     return [line for line in lines if json.loads(line)['step']<=step]
 
+# %% ../nbs/0_core/04_training.ipynb #a2b98bde
 class JsonlLogger:
     "Append records to a JSONL file and, if wanted, to TensorBoard"
     def __init__(self,
@@ -140,7 +141,7 @@ def read_log(
     "The records of a log"
     return pd.read_json(require_path(path, Path(path).parent.name), lines=True)
 
-# %% ../nbs/0_core/04_training.ipynb #4e810a4e
+# %% ../nbs/0_core/04_training.ipynb #1f2c8fb8
 def previous_checkpoint(
     path:Path, # A checkpoint
 )->Path: # Path of the checkpoint before it
@@ -155,6 +156,7 @@ def _rng_states(generator):
         for i,state in enumerate(torch.cuda.get_rng_state_all()): states[f'rng/cuda:{i}'] = state
     return states
 
+# %% ../nbs/0_core/04_training.ipynb #4e810a4e
 def save_checkpoint(
     path:Path, # File to write
     modules:dict, # Name to network
@@ -186,11 +188,12 @@ def save_checkpoint(
                 try: os.link(path, previous)
                 except OSError: shutil.copyfile(path, previous)  # no hard links on this file system
 
-# %% ../nbs/0_core/04_training.ipynb #cb2dc058
+# %% ../nbs/0_core/04_training.ipynb #87cec0d4
 def _tensors_below(f, prefix):
     "Tensors of an open checkpoint whose names begin with `prefix`, which is removed"
     return {name[len(prefix):]: f.get_tensor(name) for name in f.keys() if name.startswith(prefix)}
 
+# %% ../nbs/0_core/04_training.ipynb #438a4dad
 def _restore_rng(states, generator):
     "Set the random generators to saved states"
     torch.set_rng_state(states['cpu'])
@@ -201,6 +204,7 @@ def _restore_rng(states, generator):
         available = index<torch.cuda.device_count()     # a resumed run may have fewer GPUs
         if available: torch.cuda.set_rng_state(state, index)
 
+# %% ../nbs/0_core/04_training.ipynb #cb2dc058
 def load_checkpoint(
     path:Path, # A file that `save_checkpoint` wrote
     modules:dict, # Name to network; modified in place

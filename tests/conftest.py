@@ -1,5 +1,9 @@
-"Helpers for all tests, and a list of the tests that were left out"
+"""Helpers for all tests, the order in which they run, and a list of the tests that were left out
+
+`make test` runs two workers side by side. Tests that share an expensive fixture run in one worker, so that the fixture is made once.
+"""
 import os, shutil, subprocess, sys
+os.environ.setdefault('OMP_NUM_THREADS', '1')                       # a worker for each core
 from pathlib import Path
 import pytest
 from hypothesis import settings
@@ -13,13 +17,39 @@ settings.register_profile('same', derandomize=True)
 settings.register_profile('new', print_blob=True)
 settings.load_profile(os.environ.get('ELBOWSYNTH_HYPOTHESIS') or 'same')
 
+# Files whose tests take longest run first, so that both workers end at about the same time
+FIRST = ['test_study', 'test_runner', 'test_site', 'test_distributed', 'test_search', 'test_notebooks', 'test_gans', 'test_diffusion', 'test_preprocess']
+
 def pytest_configure(config):
     config.addinivalue_line('markers', 'long(why): takes minutes; left out unless ALL=1')
 
+def shared_fixtures(item):
+    "Names of the fixtures of a test file that several of its tests share, with their parameters"
+    parameters = item.callspec.params if hasattr(item, 'callspec') else {}
+    found = []
+    for name, definitions in item._fixtureinfo.name2fixturedefs.items():
+        in_test_file = definitions[-1].baseid.endswith('.py')
+        if in_test_file and definitions[-1].scope in ('module', 'session'):
+            found.append(f'{name}[{parameters[name]}]' if name in parameters else name)
+    return sorted(found)
+
 def pytest_collection_modifyitems(config, items):
-    if ALL: return
-    left_out.extend((i.nodeid, i.get_closest_marker('long').args[0]) for i in items if i.get_closest_marker('long'))
-    items[:] = [i for i in items if not i.get_closest_marker('long')]
+    if not ALL:
+        left_out.extend((i.nodeid, i.get_closest_marker('long').args[0]) for i in items if i.get_closest_marker('long'))
+        items[:] = [i for i in items if not i.get_closest_marker('long')]
+    order = {name: k for k, name in enumerate(FIRST)}
+    items.sort(key=lambda i: order.get(i.path.stem, len(FIRST)))
+    for item in items:
+        shared = shared_fixtures(item)
+        if shared: item.add_marker(pytest.mark.xdist_group(f'{item.path.stem}::{shared[0]}'))
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, 'workeroutput'): session.config.workeroutput['left_out'] = left_out
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    for entry in getattr(node, 'workeroutput', {}).get('left_out', []):
+        if tuple(entry) not in left_out: left_out.append(tuple(entry))
 
 def pytest_terminal_summary(terminalreporter):
     skipped = []

@@ -347,9 +347,9 @@ def test_all_annotation_errors_are_reported_together(tmp_path):
               shape(str(tmp_path/'b.png'), 'fx', (1, 1, 5, 5))]
     label_map = {'fx': 'olecranon fracture', 'mole': '', 'x': 'nonsense'}
     with pytest.raises(LabelsError) as e: rasterize_masks(shapes, label_map, tmp_path/'images')
-    for text in ("label 'cast' of 1 shape", "'nonsense', which is no class",
-                 'leaves the film of 50 x 40', '../b.png: no such film',
-                 'is (40, 50), while it was annotated as (400, 500)', '6 faults'):
+    for text in ("label 'cast' of 1 shape", "'nonsense' is not a class",
+                 'leaves the image of 50 x 40', '../b.png: no such image',
+                 'is (40, 50), but was annotated as (400, 500)', '6 errors'):
         assert text in str(e.value), str(e.value)
     assert sorted(p.name for p in tmp_path.rglob('*'))==['a.png', 'b.png', 'images'] # nothing was written
 
@@ -370,7 +370,7 @@ NO_AREA = [[], [np.array([[1., 1], [5, 5]])], [box_polygon(3, 3, 9, 0)],
 def test_shapes_without_area_are_errors(tmp_path, polygons):
     write_png(tmp_path/'a.png', random_image())
     shape = dict(file='a.png', label='fx', polygons=polygons, height=0, width=0)
-    with pytest.raises(LabelsError, match='a.png: a fx without any area'):
+    with pytest.raises(LabelsError, match='a.png: a shape fx has no area'):
         rasterize_masks([shape], {'fx': 'normal'}, tmp_path)
 
 def test_yolo_files_may_be_empty_but_not_invalid(tmp_path):
@@ -391,7 +391,7 @@ def test_a_label_image_has_a_gray_level_for_each_class(tmp_path):
     assert (polygon_mask(fx['polygons'], 30, 40)==(label_image==1)).all()
     assert (polygon_mask(fluid['polygons'], 30, 40)==(label_image==7)).all()
     cv2.imwrite(str(tmp_path/'m.jpg'), label_image*30)
-    with pytest.raises(ValueError, match='greys, too many for classes'):
+    with pytest.raises(ValueError, match='gray levels, too many for classes'):
         read_label_mask(tmp_path/'m.jpg', 'a.png')
 
 

@@ -1,6 +1,5 @@
 "The three GANs: optimized training against the plain version, resumption after kill -9, divergence, and which network each loss trains"
 import copy, json, os, signal, subprocess, sys, time
-from pathlib import Path
 import numpy as np, pandas as pd
 import pytest, torch
 from torch import nn

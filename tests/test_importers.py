@@ -1,4 +1,4 @@
-"What importers promise and a notebook has no room for: real radiographs, compression, hostile files, privacy, the command"
+"Importers: real radiographs, compression, hostile files, privacy, the command"
 import hashlib, os, re, shutil, struct, sys
 from pathlib import Path
 import cv2, numpy as np, pandas as pd, pydicom, pytest
@@ -84,7 +84,7 @@ def test_real_radiographs(tmp_path):
     chest = result.labels[result.labels.body_part=='CHEST'].iloc[0]
     leg = result.labels[result.labels.body_part=='EXTREMITY'].iloc[0]
     assert (chest['view'], chest.side, chest.voi_transform)==('AP', '', 'window 15000 30000')
-    assert (chest.inverted, chest.pixel_spacing)==('1', '')         # its header states a spacing of 0
+    assert (chest.inverted, chest.pixel_spacing)==('1', '')         # the header states 0 mm
     assert (leg['view'], leg.side, leg.voi_transform)==('AP', 'R', 'window 550 1024')
     assert leg.bit_depth=='16'
 
@@ -127,7 +127,7 @@ def test_all_files_of_pydicom_become_images_or_rejects(tmp_path):
 def test_compression_keeps_the_pixels():
     wide = dict(BitsStored=12, WindowCenter=2048, WindowWidth=4096)
     compressed = dicom_image(noise(1), **wide)
-    compressed.compress('1.2.840.10008.1.2.4.90')                   # JPEG 2000, by pylibjpeg-openjpeg
+    compressed.compress('1.2.840.10008.1.2.4.90')                   # JPEG 2000, lossless
     assert np.array_equal(displayed(compressed), displayed(dicom_image(noise(1), **wide)))
     signed = (noise(2).astype(np.int32)-2048).astype(np.int16)
     centered = dict(BitsStored=12, WindowCenter=0, WindowWidth=4096)
@@ -136,7 +136,7 @@ def test_compression_keeps_the_pixels():
     assert np.array_equal(displayed(compressed), displayed(dicom_image(signed, **centered)))
 
 def test_jpeg_ls():
-    "By pylibjpeg-libjpeg, signed, 16 bits: the file that pydicom ships with its uncompressed original"
+    "By pylibjpeg-libjpeg, signed, 16 bits: a file of pydicom, and its uncompressed original"
     compressed = pydicom.dcmread(bundled('MR_small_jpeg_ls_lossless.dcm'))
     original = pydicom.dcmread(bundled('MR_small.dcm'))
     for ds in (compressed, original): ds.Modality = 'CR'
@@ -176,7 +176,8 @@ def test_windows_agree_with_pydicom(center, width, slope, intercept, inverse, fu
     assert np.abs(displayed(ds)/65535-unit).max()<1e-4
 
 def test_modality_lut_before_window():
-    ds, lut = dicom_image(np.uint8([0, 1, 2, 3, 200]), WindowCenter=500.5, WindowWidth=1001), Dataset()
+    ds = dicom_image(np.uint8([0, 1, 2, 3, 200]), WindowCenter=500.5, WindowWidth=1001)
+    lut = Dataset()
     lut.LUTDescriptor, lut.ModalityLUTType = [4, 0, 16], 'US'
     lut.add_new('LUTData', 'US', [0, 250, 500, 1000])
     ds.ModalityLUTSequence = [lut]
@@ -196,7 +197,7 @@ def test_voi_tables(bits, representation):
     by_hand = table[np.clip(ds.pixel_array.astype(int)-50, 0, 1023)]
     assert np.array_equal(apply_voi(ds)[0], by_hand)
     assert np.array_equal(displayed(ds), np.rint(by_hand/((1<<bits)-1)*65535))
-    if bits>8: assert np.array_equal(apply_voi_lut(ds.pixel_array, ds), by_hand)   # pydicom is right here
+    if bits>8: assert np.array_equal(apply_voi_lut(ds.pixel_array, ds), by_hand) # pydicom agrees
 
 def test_voi_table_of_bytes_in_words():
     lut = Dataset()
@@ -225,7 +226,8 @@ def test_padding_is_black():
     signed = dicom_image(np.int16([-2000, -2000, -100, 0, 100]), PixelPaddingValue=-2000,
                          PhotometricInterpretation='MONOCHROME1')
     assert displayed(signed).ravel().tolist()==[0, 0, 65535, 32768, 0]
-    with_range = dicom_image(np.uint16([0, 3, 10, 20]), PixelPaddingValue=0, PixelPaddingRangeLimit=3)
+    with_range = dicom_image(np.uint16([0, 3, 10, 20]), PixelPaddingValue=0,
+                             PixelPaddingRangeLimit=3)
     assert displayed(with_range).ravel().tolist()==[0, 0, 0, 65535]
     all_padding = dicom_image(np.uint16([7, 7]), PixelPaddingValue=7)
     assert displayed(all_padding).max()==0                          # a constant image, no crash
@@ -312,7 +314,7 @@ def test_nothing_identifies_the_patient(tmp_path):
     assert not re.search(r'20231108|1971', cells)
     rejected = pd.read_csv(tmp_path/'out'/'rejects.csv')
     file_hash = hashlib.sha256(truncated.read_bytes()).hexdigest()
-    assert f'sha256 {file_hash}' in set(rejected.file)              # the owner of the file can find it
+    assert f'sha256 {file_hash}' in set(rejected.file)              # the owner can find the file
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.text('BCDFGHJKLMNPQRSTVWXZ', min_size=6, max_size=20),
@@ -410,7 +412,8 @@ def test_presentation_state_without_pixels():
 @given(st.data())
 def test_damaged_files_never_crash(tmp_path_factory, data):
     top = tmp_path_factory.mktemp('damage')
-    ds = dicom_image(noise(1, 12, 12), BitsStored=12, WindowCenter=[9, 8], WindowWidth=[3, 4], **PERSON)
+    ds = dicom_image(noise(1, 12, 12), BitsStored=12, WindowCenter=[9, 8], WindowWidth=[3, 4],
+                     **PERSON)
     path = save(top/'a', ds)
     raw = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 12))):
@@ -486,7 +489,7 @@ def test_an_interrupted_import_can_be_repeated(tmp_path, monkeypatch):
         count[0] += 1
         if count[0]==3: raise KeyboardInterrupt
         original(path, raw)
-    for start in (0, 0, -1):                                        # at an image, again at an image, at the table
+    for start in (0, 0, -1): # twice at an image, then at a table
         count[0] = start
         monkeypatch.setattr(module, 'write_if_changed', interrupted)
         with pytest.raises(KeyboardInterrupt): import_folder(tmp_path/'in', tmp_path/'out')
@@ -533,6 +536,16 @@ def test_deidentified_folder(tmp_path):
     assert 'Zweifel' not in written and 'Quincke' not in written
     assert result.labels.patient.tolist()==['P0001']
 
+def test_deidentified_reasons_do_not_name_masks(tmp_path):
+    write_png(tmp_path/'in'/'a.png', noise(1))
+    write_png(tmp_path/'in'/'b.png', noise(2))
+    (tmp_path/'in'/'Zweifel mask.png').write_bytes(b'')
+    rows = ['file,pathology,mask', 'a.png,normal,Zweifel mask.png', 'b.png,normal,']
+    (tmp_path/'in'/'t.csv').write_text('\n'.join(rows)+'\n')
+    result = import_folder(tmp_path/'in', tmp_path/'out', deidentify=True)
+    assert dict(result.rejects.values)=={'a.png': 'its mask cannot be read: it is empty'}
+    assert not [n for n, raw in files_of(tmp_path/'out').items() if b'Zweifel' in raw]
+
 def test_contradictory_tables(tmp_path):
     write_png(tmp_path/'in'/'a.png', noise(1))
     (tmp_path/'in'/'t.csv').write_text('file,view\na.png,AP\na.png,LAT\n')
@@ -569,7 +582,8 @@ def test_mura_from_the_parent_folder_and_without_tables(tmp_path):
     empty.write_bytes(b'')
     result = import_mura(tmp_path/'in', tmp_path/'out', defaults={'view': 'AP', 'side': 'L'},
                          labels={'positive': 'joint effusion'})
-    names = [f'patient{k:05d}_study1_{"negative" if k else "positive"}_image1.png' for k in range(3)]
+    studies = ['study1_positive', 'study1_negative', 'study1_negative']
+    names = [f'patient{k:05d}_{study}_image1.png' for k, study in enumerate(studies)]
     assert result.labels.file.tolist()==names
     assert len(read_labels(tmp_path/'out'))==3 and len(result.rejects)==1
     assert (result.labels.license=='Stanford MURA research use, no redistribution').all()
@@ -617,7 +631,7 @@ def test_yolo_other_layout_and_names_by_number(tmp_path):
     classes = {'swelling': 'soft tissue swelling', 'fx': 'olecranon fracture'}
     result = import_yolo(source, tmp_path/'out', classes)
     assert result.labels.file.nunique()==3
-    assert result.summary['n_augmented_copies_dropped']==0          # one name without a hash is not a copy
+    assert result.summary['n_augmented_copies_dropped']==0          # equal names alone do not count
     assert result.labels.pathology.value_counts().tolist()==[3, 3]
     areas = {round(read_image(tmp_path/'out'/m).mean()/255, 2) for m in result.labels['mask']}
     assert areas=={.5} and result.summary['n_groups']==2
@@ -625,7 +639,8 @@ def test_yolo_other_layout_and_names_by_number(tmp_path):
 def test_png16_keeps_all_bits(tmp_path):
     deep = noise(3, 40, 50, 65536)
     write_png(tmp_path/'in'/'images_part1'/'s1.png', deep)
-    rows = ['filestem,patient_id,laterality,projection,age,pathology', 's1,4,R,2,7.5,joint effusion']
+    rows = ['filestem,patient_id,laterality,projection,age,pathology',
+            's1,4,R,2,7.5,joint effusion']
     (tmp_path/'in'/'dataset.csv').write_text('\n'.join(rows)+'\n')
     result = import_png16(tmp_path/'in', tmp_path/'out')
     assert np.array_equal(read_image(tmp_path/'out'/'s1.png'), deep)
@@ -696,7 +711,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert 'Quincke: not a DICOM file' in printed                   # printed, not written
     assert 'window 2048 4096' in (tmp_path/'from_dicom'/'labels.csv').read_text()
 
-    table_folder, columns = tmp_path/'plain', ['--column', 'file=Bild', '--column', 'pathology=Befund']
+    table_folder = tmp_path/'plain'
+    columns = ['--column', 'file=Bild', '--column', 'pathology=Befund']
     write_png(table_folder/'a.png', noise(2))
     (table_folder/'t.csv').write_text('bild;befund\na;Erguss\n')
     run('folder', table_folder, tmp_path/'from_plain', *columns, '--label', 'Erguss=joint effusion',

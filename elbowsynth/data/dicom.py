@@ -95,7 +95,7 @@ def voi_table(
     index = np.rint(values).astype(np.int64)-first
     return table[np.clip(index, 0, len(table)-1)], 0, max_value
 
-# %% ../../nbs/2_data/25_dicom.ipynb #947ea86a
+# %% ../../nbs/2_data/25_dicom.ipynb #995362af
 def _is_padding(ds, stored):
     "Where the stored values are those of `PixelPaddingValue`, or in its range"
     value = ds.get('PixelPaddingValue')
@@ -111,14 +111,15 @@ def _is_padding(ds, stored):
 def _is_behind_shutter(ds, shape):
     "What a rectangular shutter hides; nothing if it would hide all"
     if 'RECTANGULAR' not in (ds.get('ShutterShape') or ''): return np.zeros(shape, bool)
-    names = ('UpperHorizontal', 'LowerHorizontal', 'LeftVertical', 'RightVertical')
-    top, bottom, left, right = (int(ds.get(f'Shutter{name}Edge') or 0) for name in names)
+    def edge(name): return max(0, int(ds.get(f'Shutter{name}Edge') or 0))
     is_open = np.zeros(shape, bool)
-    rows = slice(max(0, top-1), max(0, bottom))                     # pixels are counted from one
-    columns = slice(max(0, left-1), max(0, right))
+    # Pixels are counted from one.
+    rows = slice(max(0, edge('UpperHorizontal')-1), edge('LowerHorizontal'))
+    columns = slice(max(0, edge('LeftVertical')-1), edge('RightVertical'))
     is_open[rows, columns] = True
     return ~is_open & is_open.any()
 
+# %% ../../nbs/2_data/25_dicom.ipynb #947ea86a
 def padding_mask(
     ds:Dataset, # A DICOM image
 )->np.ndarray: # (rows, columns) bool
@@ -127,7 +128,7 @@ def padding_mask(
     outside = _is_padding(ds, stored) | _is_behind_shutter(ds, stored.shape[:2])
     return outside & ~outside.all()
 
-# %% ../../nbs/2_data/25_dicom.ipynb #7ed4962d
+# %% ../../nbs/2_data/25_dicom.ipynb #3135489b
 def _apply_window(ds, values, index):
     "Apply a VOI window; None if its width is invalid"
     center = float(np.atleast_1d(ds['WindowCenter'].value)[index])
@@ -138,6 +139,7 @@ def _apply_window(ds, values, index):
         low, high = apply_windowing(np.array([-1e12, 1e12]), ds, index)
     return shown, low, high, f'window {center:g} {width:g}'
 
+# %% ../../nbs/2_data/25_dicom.ipynb #7ed4962d
 def apply_voi(
     ds:Dataset, # A DICOM image
     voi_index:int=0, # Which of its VOI tables or windows

@@ -56,7 +56,7 @@ def decode_image(
         mode = {'1': 'L', 'LA': 'L', 'P': 'RGB', 'PA': 'RGB', 'RGBA': 'RGB'}.get(image.mode)
         return np.asarray(image.convert(mode) if mode else image)
 
-# %% ../../nbs/2_data/21_images.ipynb #35803852
+# %% ../../nbs/2_data/21_images.ipynb #e8378220
 def _decode_or_reason(raw):
     "The decoded image or None, and the reason why there is none"
     if not raw: return None, 'it is empty'
@@ -74,6 +74,7 @@ def _decode_or_reason(raw):
         return None, f'its values, {image.min()} to {image.max()}, exceed 16 bits'
     return image, ''
 
+# %% ../../nbs/2_data/21_images.ipynb #35803852
 def read_image(
     path:Path, # A PNG, JPEG, TIFF, BMP, PPM, WebP or GIF file with one image
 )->np.ndarray: # (h, w) or (h, w, 3) in RGB order, uint8 or uint16

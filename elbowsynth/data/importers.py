@@ -191,7 +191,7 @@ def split_groups(
     duplicate_groups = iter(near_duplicate_groups(stems, hashes))
     return [r['patient'] or r['study'] or next(duplicate_groups) for r in records]
 
-# %% ../../nbs/2_data/24_importers.ipynb #0f0c0de4
+# %% ../../nbs/2_data/24_importers.ipynb #354eb50a
 def _override_errors(line, row, known):
     "What is wrong with a row of a table of overrides, given what earlier rows state of its image"
     errors = []
@@ -207,6 +207,7 @@ def _override_errors(line, row, known):
         errors.append(f'line {line}: unknown pathology {text!r}')
     return errors
 
+# %% ../../nbs/2_data/24_importers.ipynb #0f0c0de4
 def read_overrides(
     path:Path, # CSV with `file` and any of `view`, `side`, `pathology`
 )->dict[str,dict]: # File to `view`, `side` (empty: unchanged) and `pathologies` (none: unchanged)
@@ -259,7 +260,10 @@ def apply_overrides(
 def _shape_mask(shape, height, width):
     "The mask of one shape, and the size of the image that it was annotated on"
     if 'mask' in shape:
-        mask = binarize_mask(read_image(shape['mask']))
+        try: mask = binarize_mask(read_image(shape['mask']))
+        except ValueError as e:                                     # without the file name
+            reason = str(e).removeprefix(Path(shape['mask']).name)
+            raise ValueError(f'its mask{reason}') from None
         return mask, mask.shape
     mask = polygon_mask(shape['polygons'], height, width)
     return mask, (shape['height'] or height, shape['width'] or width)
@@ -407,7 +411,7 @@ def csv_bytes(
     "A table as a CSV file, with the same bytes on every system"
     return table.to_csv(index=False, lineterminator='\n').encode()
 
-# %% ../../nbs/2_data/24_importers.ipynb #116c7128
+# %% ../../nbs/2_data/24_importers.ipynb #287234b7
 def _write_rejects(out, rejects, source, deidentify):
     "Write `rejects.csv`, with hashes in place of names if de-identified; the table with names"
     names = [printable_name(file) for file,_ in rejects]
@@ -431,6 +435,7 @@ def _grouped(records, unassigned, deidentify):
     if deidentify: grouped.sort(key=lambda r: (r['patient'], r['file']))
     return grouped
 
+# %% ../../nbs/2_data/24_importers.ipynb #116c7128
 def write_tables(
     accepted:list[dict], # Records of the images that were written
     rejects:list[tuple], # (file, reason)
@@ -466,7 +471,7 @@ def write_tables(
     save_json(marker, {'labels_sha256': [_sha256(raw)], 'summary': summary})
     return Imported(labels, readable_rejects, summary)
 
-# %% ../../nbs/2_data/24_importers.ipynb #fc15f72d
+# %% ../../nbs/2_data/24_importers.ipynb #00e7edec
 def _write_image(record, out):
     "Write an image and its masks; the record with their paths in place of their bytes"
     name = record['name']
@@ -479,6 +484,7 @@ def _write_image(record, out):
     rest = {k: v for k,v in record.items() if k not in ('png', 'shapes')}
     return rest | {'file': f'{name}.png', 'masks': paths, 'sha256': _sha256(record['png'])}
 
+# %% ../../nbs/2_data/24_importers.ipynb #fc15f72d
 def write_import(
     records:list[dict], # At least `file`; in the order of `labels.csv`
     source:Path, # Folder of the files
@@ -581,7 +587,7 @@ def resolve_file(
     if len(found)==1: return found[0], ''
     return '', f'{len(found)} files match this name' if found else 'no such image in the folder'
 
-# %% ../../nbs/2_data/24_importers.ipynb #ac69788b
+# %% ../../nbs/2_data/24_importers.ipynb #7e476c9d
 def _table_record(row):
     "The record of a table row, whose keys are our columns"
     return {'patient': row.get('patient', ''), 'study': row.get('study', ''),
@@ -589,6 +595,7 @@ def _table_record(row):
             'side': normalize_term(row.get('side', ''), SIDE_ALIASES),
             'extra': {'age': row['age']} if 'age' in row else {}}
 
+# %% ../../nbs/2_data/24_importers.ipynb #ac69788b
 def images_from_table(
     table:pd.DataFrame, # From `read_table`
     columns:dict, # Our column to theirs, from `column_map`
@@ -649,7 +656,7 @@ def read_annotations(
         else: shapes.setdefault(file, []).append(shape)
     return shapes, list(dict.fromkeys(rejects))
 
-# %% ../../nbs/2_data/24_importers.ipynb #e21c1581
+# %% ../../nbs/2_data/24_importers.ipynb #0868941a
 def _find_table(source, table):
     "The table of the images; the only CSV of the source if None is given"
     if table: return Path(table)
@@ -659,6 +666,7 @@ def _find_table(source, table):
                          'fix: specify the table of the images (--table)')
     return found[0] if found else None
 
+# %% ../../nbs/2_data/24_importers.ipynb #e21c1581
 def import_folder(
     source:Path, # Images in any subfolders, with or without a table
     out:Path, # Folder to write

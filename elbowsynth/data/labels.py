@@ -71,7 +71,7 @@ def read_parquet(
     columns = {name.lower().strip(): [cell_to_text(v) for v in table[name]] for name in table}
     return pd.DataFrame(columns, index=range(2, len(table)+2))
 
-# %% ../../nbs/2_data/22_labels.ipynb #b7734cc7
+# %% ../../nbs/2_data/22_labels.ipynb #ee2bef83
 def _labels_path(folder):
     "The labels table of a folder"
     paths = [Path(folder)/name for name in ('labels.csv', 'labels.parquet')]
@@ -80,6 +80,7 @@ def _labels_path(folder):
         raise LabelsError(f'{folder} has labels.csv and labels.parquet; fix: keep one of them')
     return found[0] if found else require_path(paths[0], 'phantom')
 
+# %% ../../nbs/2_data/22_labels.ipynb #b7734cc7
 def normalize_labels(
     folder:Path, # Holds `labels.csv` or `labels.parquet`
 )->pd.DataFrame: # `COLUMNS`, `OPTIONAL` (or empty) and `image`, the file's stem; indexed by line

@@ -113,7 +113,7 @@ def write_mask(
     if mask.any(): write_png(Path(out)/f'{pair.pair}.png', mask.astype(np.uint8)*255)
     return 'annotated' if pair.mask else 'heuristic', round(float(mask.mean()), 4)
 
-# %% ../../nbs/2_data/31_masks.ipynb #9025ef3f
+# %% ../../nbs/2_data/31_masks.ipynb #6d213c62
 PAIR_COLUMNS = ['pair', 'image', 'patient', 'view', 'side', 'pathology', 'caption', 'mask_source',
                 'mask_area', 'license', 'group']
 
@@ -124,6 +124,7 @@ def _read_geometries(images):
     fields = table.set_index('image')[list(CropGeometry.__annotations__)].to_dict('index')
     return {image: CropGeometry(**f) for image,f in fields.items()}
 
+# %% ../../nbs/2_data/31_masks.ipynb #9025ef3f
 def write_masks(
     data:Path, # Folder of the original images and masks
     images:Path, # Folder of the preprocessed images, from the stage `preprocess`
@@ -166,7 +167,7 @@ def empty_background(
     is_uniform = cv2.dilate(image, window)-cv2.erode(image, window)<.02
     return is_uniform | (image<.03)
 
-# %% ../../nbs/2_data/31_masks.ipynb #2e3b538b
+# %% ../../nbs/2_data/31_masks.ipynb #87f443ed
 FIXES = {'missing': 'draw a mask, or leave it to the stage `masks`, which creates a heuristic one',
          'unreadable': 'save it again as PNG',
          'size mismatch': 'draw it on the original image, not on a resized copy',
@@ -175,6 +176,7 @@ FIXES = {'missing': 'draw a mask, or leave it to the stage `masks`, which create
          'wrong polarity': 'invert it: white is where the image may change',
          'on empty background': 'draw it over the elbow; the image is uniform or black below it'}
 
+# %% ../../nbs/2_data/31_masks.ipynb #2e3b538b
 def mask_error(
     mask:np.ndarray, # (h, w), bool
     image:np.ndarray, # (h, w) or (h, w, 3), of any polarity
@@ -216,7 +218,7 @@ def mask_paths(
                          'image': pd.Series(image_paths, dtype=object),
                          'mask': pd.Series(paths, dtype=object)})
 
-# %% ../../nbs/2_data/31_masks.ipynb #df76f003
+# %% ../../nbs/2_data/31_masks.ipynb #3a6f67b6
 def check_mask(
     pair, # A row of `mask_paths`
 )->tuple: # The issue, empty if none, and a hash of the mask, empty if it is not to be compared
@@ -229,6 +231,7 @@ def check_mask(
     except ValueError: issue = ''  # an unreadable image is reported elsewhere
     return issue, '' if issue in ('empty', 'full') else content_hash(mask)
 
+# %% ../../nbs/2_data/31_masks.ipynb #df76f003
 def check_masks(
     folder:Path, # A data set with its labels table; or the masks of the stage
     images:Path=None, # The preprocessed images, for masks of the stage
@@ -249,7 +252,7 @@ def check_masks(
     table.loc[duplicates, 'issue'] = 'duplicate'
     return table.loc[table.issue!='', ['pair', 'issue', 'fix']].reset_index(drop=True)
 
-# %% ../../nbs/2_data/31_masks.ipynb #2865834c
+# %% ../../nbs/2_data/31_masks.ipynb #bf389760
 def _check_panel(row, side):
     "One radiograph with its mask, red if it has an issue"
     try: small = thumbnail(read_image(row.image), side, as_float=True)
@@ -261,6 +264,7 @@ def _check_panel(row, side):
         mask = cv2.resize(original, (side, side))>0
     return overlay(image, mask, (255, 60, 60) if row.issue else (255, 140, 0))
 
+# %% ../../nbs/2_data/31_masks.ipynb #2865834c
 def plot_mask_checks(
     folder:Path, # As for `check_masks`
     issues:pd.DataFrame, # From `check_masks`

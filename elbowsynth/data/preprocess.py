@@ -138,7 +138,7 @@ def border_width(
     best = max(fraction for _,fraction in innermost_edges)
     return int(max(0, max(row for row,fraction in innermost_edges if fraction>=.7*best)))
 
-# %% ../../nbs/2_data/30_preprocess.ipynb #beeb325d
+# %% ../../nbs/2_data/30_preprocess.ipynb #5f0a364b
 def exposed_field(
     small_image:np.ndarray, # (h, w) uint8 thumbnail
 )->tuple: # (top, left, bottom, right); bottom and right are exclusive
@@ -164,6 +164,7 @@ def _strongest_step(gray, axis, line, tolerance_px):
     steps = np.abs(np.diff(strip.astype(np.float32), axis=0)).mean(1)
     return start+1+int(steps.argmax())
 
+# %% ../../nbs/2_data/30_preprocess.ipynb #beeb325d
 def crop_padding(
     image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16
 )->tuple: # The cropped image, and its box (top, left, bottom, right), the last two exclusive
@@ -214,7 +215,7 @@ def colored_overlay(
     is_colored = cv2.subtract(brightest, darkest)>.15*max(255, int(image.max()))
     return is_colored if is_colored.mean()<.2 else np.zeros_like(is_colored)
 
-# %% ../../nbs/2_data/30_preprocess.ipynb #39a10a72
+# %% ../../nbs/2_data/30_preprocess.ipynb #66288a5b
 def _is_text_line(boxes, small_image, strokes):
     "Whether strokes side by side are letters of a line"
     left, top, width, height, area = boxes.T
@@ -235,6 +236,7 @@ def _is_text_line(boxes, small_image, strokes):
     n_letters = np.where(is_word, width/(.9*line_height), 1)[is_similar].sum()
     return n_letters>=3 and is_similar.mean()>=.5
 
+# %% ../../nbs/2_data/30_preprocess.ipynb #8e432f68
 def text_lines(
     boxes:np.ndarray, # (n, 5): left, top, width, height and area of strokes that may be letters
     small_image:np.ndarray, # (h, w) uint8 thumbnail
@@ -252,6 +254,7 @@ def text_lines(
         is_text[line] = _is_text_line(boxes[line_of_box==line], small_image, strokes)
     return is_text[line_map]
 
+# %% ../../nbs/2_data/30_preprocess.ipynb #39a10a72
 def text_mask(
     small_image:np.ndarray, # (h, w) uint8 thumbnail
     nearby_text:np.ndarray=None, # (h, w) bool: near text found before, where single letters count
@@ -550,7 +553,7 @@ def read_journal(
     records = [json.loads(l) for l in complete]
     return {r['image']: r for r in records}
 
-# %% ../../nbs/2_data/30_preprocess.ipynb #e4ff1bf1
+# %% ../../nbs/2_data/30_preprocess.ipynb #d6c4ea30
 def _write_tables(out, rows, rejects, labels):
     "Write `rejects.csv`, `images.csv` and `pairs.csv`, and remove images of earlier runs"
     names = {r['image'] for r in rows}
@@ -563,6 +566,7 @@ def _write_tables(out, rows, rejects, labels):
         with atomic_write(out/f'{name}.csv') as part: table.to_csv(part, index=False)
     return images
 
+# %% ../../nbs/2_data/30_preprocess.ipynb #e4ff1bf1
 def preprocess_folder(
     data:Path, # Folder of images with their labels table
     out:Path, # Folder to write

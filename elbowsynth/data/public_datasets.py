@@ -83,7 +83,7 @@ def fracatlas_record(
     return dict(file=file, view=views[0] if has_one_view else '', labels=[label], shapes=[],
                 extra=extra)
 
-# %% ../../nbs/2_data/26_public_datasets.ipynb #9b8bc8d5
+# %% ../../nbs/2_data/26_public_datasets.ipynb #4ebe141d
 def _listed_names(path):
     "The file names in a list, one in a line or the first column of a CSV file"
     lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
@@ -99,6 +99,7 @@ def _add_fracture_outlines(records, source, lookup):
         file, _ = resolve_file(shape['file'], lookup)
         if file in by_file: by_file[file]['shapes'].append(shape | {'label': 'fractured'})
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #9b8bc8d5
 def import_fracatlas(
     source:Path, # `FracAtlas`
     out:Path, # Folder to write
@@ -161,13 +162,14 @@ def drop_augmented_copies(
               'n_images_in_several_splits': sum(n>1 for n in n_folders)}
     return sorted(group[0] for group in copies.values()), counts
 
-# %% ../../nbs/2_data/26_public_datasets.ipynb #189c0dc9
+# %% ../../nbs/2_data/26_public_datasets.ipynb #73486ece
 def _yolo_names(path):
     "The class names in `data.yaml`, a list or a dict by number"
     names = (yaml.safe_load(path.read_text(encoding='utf-8')) or {}).get('names') or []
     if isinstance(names, dict): names = [names[k] for k in sorted(names)]
     return [str(n) for n in names]
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #189c0dc9
 def import_yolo(
     source:Path, # With `data.yaml`, and folders `images` and `labels`
     out:Path, # Folder to write
@@ -198,7 +200,7 @@ def import_yolo(
     return write_import(records, source, out, label_map, read, rejects=rejects,
                         notes={'format': 'YOLO'} | counts, **kwargs)
 
-# %% ../../nbs/2_data/26_public_datasets.ipynb #d0e17066
+# %% ../../nbs/2_data/26_public_datasets.ipynb #f9b31d22
 def _add_graz_columns(record, row):
     "Add what the columns `projection`, `fracture_visible`, `metal` and `cast` state to a record"
     projection = row.get('projection', '')
@@ -209,6 +211,7 @@ def _add_graz_columns(record, row):
     for ours,theirs in (('hardware', 'metal'), ('cast', 'cast')):
         if theirs in row: record['extra'][ours] = str(int(float(row[theirs] or 0)))
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #d0e17066
 def import_png16(
     source:Path, # Images in subfolders, and `dataset.csv`
     out:Path, # Folder to write

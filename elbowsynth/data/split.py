@@ -63,7 +63,7 @@ def local_search(
         n_test[added[j]] += 1
         n_test[removed[i]] -= 1
 
-# %% ../../nbs/2_data/32_split.ipynb #ed877f7a
+# %% ../../nbs/2_data/32_split.ipynb #425ff0d2
 def _class_counts_by_group(pairs, group_index, n_groups):
     "Weighted counts of each patient group: classes, and for little their total and the views"
     def count(column, n_columns):
@@ -76,6 +76,7 @@ def _class_counts_by_group(pairs, group_index, n_groups):
     by_class_and_view = count(2*label+is_lateral, 2*len(PATHOLOGIES))
     return np.hstack([by_class, .1*by_class.sum(1, keepdims=True), .05*by_class_and_view])
 
+# %% ../../nbs/2_data/32_split.ipynb #ed877f7a
 def stratified_group_split(
     pairs:pd.DataFrame, # `patient` and `pathology` of each pair; `group`, `image`, `view` if known
     test_fraction:float=.3, # Fraction of each class's pairs to hold out (Section 3.1)
@@ -111,7 +112,7 @@ def stratified_group_split(
     subset = np.where(is_test[group_index], 'test', 'train')
     return pd.Series(subset, index=pairs.index, name='split')
 
-# %% ../../nbs/2_data/32_split.ipynb #a23e1e5a
+# %% ../../nbs/2_data/32_split.ipynb #fa23503f
 def _nearest_sum(sizes, target):
     "The sum of some of `sizes` that is nearest to `target`"
     sums = 1  # bit k is set if k is such a sum
@@ -119,6 +120,7 @@ def _nearest_sum(sizes, target):
     possible = [k for k in range(sum(sizes)+1) if sums>>k & 1]
     return min(possible, key=lambda k: abs(k-target))
 
+# %% ../../nbs/2_data/32_split.ipynb #a23e1e5a
 def split_deviations(
     pairs:pd.DataFrame, # As for `stratified_group_split`, with its result as column `split`
     test_fraction:float=.3, # As for `stratified_group_split`

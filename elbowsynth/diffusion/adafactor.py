@@ -205,7 +205,7 @@ def shard_state(
     if is_sharded(p, state_name): value = value[get_shard(p).first_row:][:len(local_shard(p))]
     return value.to(p.device, copy=True) if isinstance(value, torch.Tensor) else value
 
-# %% ../../nbs/4_diffusion/40_adafactor.ipynb #7704ca61
+# %% ../../nbs/4_diffusion/40_adafactor.ipynb #9e9df4d0
 class ParamStep(NamedTuple):
     "What a step needs for one parameter"
     group:dict # Options of its parameter group
@@ -217,6 +217,7 @@ class ParamStep(NamedTuple):
     compute_dtype:torch.dtype # float32 or float64
     rounding_key:int|None # Seed of stochastic rounding; None to round to nearest
 
+# %% ../../nbs/4_diffusion/40_adafactor.ipynb #7704ca61
 def prepare_param(
     p:torch.Tensor, # A parameter with a gradient
     group:dict, # Options of its parameter group
@@ -311,13 +312,14 @@ def step_sizes(
         lrs[i] = lrs[i]*rms.clamp(min=1e-3)
     return lrs
 
-# %% ../../nbs/4_diffusion/40_adafactor.ipynb #b0bff664
+# %% ../../nbs/4_diffusion/40_adafactor.ipynb #e459fac9
 def _chunks(step, compile):
     "Index pairs of a gradient's chunks; compiled functions read it at once"
     if compile: max_numel = 2**62
     else: max_numel = 2**18 if step.g.is_cpu else 2**26
     return [*chunk_indices(step.g.shape, max_numel)]
 
+# %% ../../nbs/4_diffusion/40_adafactor.ipynb #b0bff664
 @torch.no_grad()
 def adafactor_step(
     param_steps:list[ParamStep], # Parameters of the step

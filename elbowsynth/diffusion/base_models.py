@@ -54,7 +54,7 @@ def is_bundled(
     folder = bundled_models_dir()/base_model
     return folder.is_dir() and not missing_files(folder)
 
-# %% ../../nbs/4_diffusion/42_base_models.ipynb #09c7f6b2
+# %% ../../nbs/4_diffusion/42_base_models.ipynb #248d5382
 def _cached_snapshot(base_model):
     "Folder of a complete model in the hub's cache, or None"
     from huggingface_hub import snapshot_download
@@ -62,6 +62,7 @@ def _cached_snapshot(base_model):
     except (OSError, ValueError): return None           # not cached, or not a valid name
     return None if missing_files(folder) else folder
 
+# %% ../../nbs/4_diffusion/42_base_models.ipynb #09c7f6b2
 def resolve_base_model(
     base_model:str, # Folder (a relative one is below the checkout), or name on the hub
     pipeline_class:type, # Class of the pipeline

@@ -274,7 +274,7 @@ def check_resources(
         raise OSError(f'{name} needs up to {disk/1e9:.1f} GB of disk, {free/1e9:.1f} GB are free; '
                       'fix: make room or choose another `run`')
 
-# %% ../../nbs/4_diffusion/48_finetune.ipynb #e125af38
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #936976e3
 def save_lora(
     pipe, # A pipeline with adapters
     models:dict, # Name to model with adapters
@@ -305,6 +305,7 @@ def with_dtype(
     options = {'add_watermarker': False} if 'add_watermarker' in accepted else {}
     return type(pipe)(**{**pipe.components, **copies}, **options)
 
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #e125af38
 def save_model(
     pipe, # A pipeline
     models:dict, # Name to trained model
@@ -325,7 +326,7 @@ def save_model(
         part.rename(folder)
     barrier(distributed)
 
-# %% ../../nbs/4_diffusion/48_finetune.ipynb #b456b680
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #7cede33c
 class LossModule(torch.nn.Module):
     "All trained models as one module, for `DistributedDataParallel`"
     def __init__(self, models, loss_fn):
@@ -333,6 +334,7 @@ class LossModule(torch.nn.Module):
         self.models, self.loss_fn = torch.nn.ModuleDict(models), loss_fn
     def forward(self, batch): return self.loss_fn(batch)
 
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #b456b680
 @dataclass
 class TrainingRun:
     "The state of a training"
@@ -397,7 +399,7 @@ def is_complete(
     samples = [Path(out)/'samples'/f'{epoch:04d}' for epoch in schedule.checkpoints.values()]
     return step>=schedule.total_steps and all(s.exists() for s in samples)
 
-# %% ../../nbs/4_diffusion/48_finetune.ipynb #b9f6c001
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #1d52bdfd
 def embed_captions(
     pipe, # A pipeline
     spec:ModelSpec,
@@ -420,6 +422,7 @@ def embed_captions(
         if getattr(config, name)=='offloaded': encoder.to('cpu')
     return cached_embeddings
 
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #b9f6c001
 def enable_gradient_checkpointing(models):
     "Gradient checkpointing in models of diffusers and of transformers"
     for model in models.values():
@@ -478,7 +481,7 @@ def setup_training(
                        optimizer, ema, modules, loss_module, embeddings, latent_cache, step, log,
                        validation_log)
 
-# %% ../../nbs/4_diffusion/48_finetune.ipynb #ac06d03a
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #153d91ab
 def next_batch(
     run:TrainingRun,
     step:int, # The step, counted from 1
@@ -493,6 +496,7 @@ def next_batch(
                        seed_keys, run.config, **run.latent_cache)
     return batch.to(run.distributed.device)
 
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #ac06d03a
 def log_step(
     run:TrainingRun,
     losses:torch.Tensor, # (n,)
@@ -522,12 +526,13 @@ def log_step(
                       eta_seconds=seconds*(run.schedule.total_steps-run.step))
     return due>0
 
-# %% ../../nbs/4_diffusion/48_finetune.ipynb #72c63d3d
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #6272d091
 class _Snapshot:
     "A `state_dict` that was gathered before"
     def __init__(self, state): self.state = state
     def state_dict(self): return self.state
 
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #ddbefb18
 def save_training_state(
     run:TrainingRun,
 ):
@@ -546,6 +551,7 @@ def save_training_state(
     barrier(run.distributed)
     run.last_saved = time.monotonic()
 
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #72c63d3d
 def evaluate_and_sample(
     run:TrainingRun,
     sample_fn:Callable, # From (pipe, folder, distributed) to images

@@ -160,7 +160,7 @@ def encode_t5(
     device = next(pipe.text_encoder_2.parameters()).device
     return (pipe.text_encoder_2(tokens.input_ids.to(device))[0],)
 
-# %% ../../nbs/4_diffusion/50_flux.ipynb #c2bce917
+# %% ../../nbs/4_diffusion/50_flux.ipynb #35f6872d
 def predict_velocity(
     pipe, # A FLUX fill pipeline
     batch:Batch,
@@ -192,6 +192,7 @@ def predict_velocity(
     loss_weights = sigmas if loss_weight_fn=='sigma' else torch.ones_like(sigmas)
     return unpack_latents(model_pred, h), target, loss_weights
 
+# %% ../../nbs/4_diffusion/50_flux.ipynb #c2bce917
 def flux_spec(
     config:FineTuneConfig=FLUX,
 )->ModelSpec:

@@ -65,15 +65,18 @@ def toy_data(
     names = [f'film{i}' for i in range(n)]                              # names seed the sampler
     return InpaintDataset(names, images, masks, [caption('LAT', ['supracondylar fracture'])]*n)
 
-# %% ../../nbs/4_diffusion/43_latents.ipynb #dbf6a1f9
+# %% ../../nbs/4_diffusion/43_latents.ipynb #e752af20
 def _mask_path(image_path): return image_path.with_name(f'{image_path.stem}-masklabel.png')
 
+# %% ../../nbs/4_diffusion/43_latents.ipynb #852aacc4
 def _caption_path(image_path): return image_path.with_suffix('.txt')
 
+# %% ../../nbs/4_diffusion/43_latents.ipynb #6446e0bd
 def _is_training_image(path):
     is_image = path.suffix.lower() in ('.png', '.jpg', '.jpeg')
     return is_image and not path.stem.endswith(('-masklabel', '-condlabel'))
 
+# %% ../../nbs/4_diffusion/43_latents.ipynb #6db64da4
 def _onetrainer_errors(image_paths):
     "Missing files; if there are none, images and masks that are not square"
     if not image_paths: return ['no images found']
@@ -88,6 +91,7 @@ def _onetrainer_errors(image_paths):
         errors.append(f'{path.name} is {w}x{h}, not square')
     return errors
 
+# %% ../../nbs/4_diffusion/43_latents.ipynb #db733499
 def read_onetrainer_folder(
     folder:Path, # Holds STEM.png (or .jpg, .jpeg), STEM.txt and STEM-masklabel.png for each image
     size:int, # Images and masks, which must be square, are resized to size x size pixels
@@ -107,6 +111,7 @@ def read_onetrainer_folder(
     captions = [_caption_path(p).read_text(encoding='utf-8').strip() for p in paths]
     return InpaintDataset([p.stem for p in paths], images, masks, captions)
 
+# %% ../../nbs/4_diffusion/43_latents.ipynb #dbf6a1f9
 def write_onetrainer_folder(
     folder:Path, # Output folder
     dataset:InpaintDataset, # What to write

@@ -14,7 +14,7 @@ import json
 import pandas as pd, torch
 from pathlib import Path
 
-# %% ../../nbs/4_diffusion/41_model_sizes.ipynb #d44926cc
+# %% ../../nbs/4_diffusion/41_model_sizes.ipynb #6e7689f0
 VAE_CONFIG = dict(
     block_out_channels=(128, 256, 512, 512), layers_per_block=2,
     down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4)
@@ -27,6 +27,8 @@ CLIP_G_CONFIG = dict(
 T5_XXL_CONFIG = dict(
     vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
     feed_forward_proj='gated-gelu')
+
+# %% ../../nbs/4_diffusion/41_model_sizes.ipynb #a7e4762a
 SDXL_UNET_CONFIG = dict(
     sample_size=128, in_channels=9, block_out_channels=(320, 640, 1280),
     transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
@@ -39,6 +41,7 @@ FLUX_CONFIG = dict(in_channels=384, out_channels=64, guidance_embeds=True)
 FLUX_VAE_CONFIG = VAE_CONFIG | dict(
     latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
 
+# %% ../../nbs/4_diffusion/41_model_sizes.ipynb #d44926cc
 MODEL_CONFIGS = { # Model to component to class and configuration
     'sdxl': {'unet': ('UNet2DConditionModel', SDXL_UNET_CONFIG),
              'text_encoder': ('CLIPTextModel', CLIP_L_CONFIG),
@@ -107,7 +110,7 @@ def canonical_key(
     if name=='encoder.embed_tokens.weight': return 'shared.weight'
     return name.removeprefix('text_model.')
 
-# %% ../../nbs/4_diffusion/41_model_sizes.ipynb #8f328ee6
+# %% ../../nbs/4_diffusion/41_model_sizes.ipynb #8d2b6feb
 def _found_tensors(folder):
     "Tensors of all weight files in a folder, and the errors of unreadable files"
     found, errors = {}, []
@@ -117,6 +120,7 @@ def _found_tensors(folder):
         except ValueError as e: errors.append(str(e))
     return found, errors
 
+# %% ../../nbs/4_diffusion/41_model_sizes.ipynb #8f328ee6
 def weight_errors(
     folder:Path, # Folder of one component
     net:torch.nn.Module, # The expected model, on any device

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     captions:list # n prompts
     def to(self, device): return Batch(*[t.to(device) for t in self[:-1]], self.captions)
 
-# %% ../../nbs/4_diffusion/45_objective.ipynb #2078a15a
+# %% ../../nbs/4_diffusion/45_objective.ipynb #2612db66
 def augment_pairs(
     dataset:InpaintDataset, # Images and masks
     indices, # Which pairs, (n,)
@@ -70,6 +70,7 @@ def randn_each(
     shape, dtype = latents.shape[1:], latents.dtype
     return torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in generators])
 
+# %% ../../nbs/4_diffusion/45_objective.ipynb #2078a15a
 def make_batch(
     vae, # Autoencoder of the pipeline
     sample_timesteps:Callable, # From a generator to a noise level, (1,)

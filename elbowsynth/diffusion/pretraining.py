@@ -60,7 +60,7 @@ def normal_images(
     images = parallel_map(lambda i: normal_image(i, subset, size), range(n))
     return np.stack(list(progress(images, f'Normal images ({subset})', n)))
 
-# %% ../../nbs/4_diffusion/52_pretraining.ipynb #a950a8f3
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #68c5c111
 def random_box(
     size:int, # Image size, pixels
     rng:np.random.Generator,
@@ -88,6 +88,7 @@ def random_ellipse(
     polygon = np.round(outline).astype(np.int32)
     return cv2.fillPoly(np.zeros((size, size), np.uint8), [polygon], 1).astype(bool)
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #a950a8f3
 def random_mask(
     size:int, # Image size, pixels
     rng:np.random.Generator,
@@ -252,7 +253,7 @@ def caption_embeddings(
     pooled[2] = 0
     return text, pooled
 
-# %% ../../nbs/4_diffusion/52_pretraining.ipynb #c8a09098
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #f6f74ca2
 def _predict_sdxl(pipe, unet, latents, masked_image_latents, masks, text, pooled, noise, timesteps):
     from diffusers import DDPMScheduler
     n, _, h, w = latents.shape
@@ -264,6 +265,7 @@ def _predict_sdxl(pipe, unet, latents, masked_image_latents, masks, text, pooled
                 added_cond_kwargs={'text_embeds': pooled, 'time_ids': original_crop_target}).sample
     return pred, noise_scheduler.get_velocity(latents, noise, t)
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #23faead2
 def _predict_flux(transformer, latents, masked_image_latents, masks, text, pooled, noise,
                   timesteps):
     n, _, h, w = latents.shape
@@ -275,6 +277,7 @@ def _predict_flux(transformer, latents, masked_image_latents, masks, text, poole
         txt_ids=torch.zeros(text.shape[1], 3), img_ids=image_ids(h, w)).sample
     return unpack_latents(pred, h), target
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #c8a09098
 def predict(
     pipe, # A pipeline
     denoiser, # Its denoiser
@@ -317,7 +320,7 @@ def validation_loss(
         errors.append(float((squared*latent_mask).sum()/latent_mask.sum()))
     return float(np.mean(errors))
 
-# %% ../../nbs/4_diffusion/52_pretraining.ipynb #646be065
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #5dc71aef
 def resample_masks(
     pipe, # A pipeline
     images:np.ndarray, # (n, size, size) uint8
@@ -332,6 +335,7 @@ def resample_masks(
     masked_image_latents = scale_latents(pipe.vae, encode(pipe.vae, images[indices], masks))
     return indices, torch.from_numpy(masks)[:, None]/255, masked_image_latents
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #646be065
 def denoising_loss(
     pipe, # A pipeline
     denoiser, # Its denoiser
@@ -397,7 +401,7 @@ def train_denoiser(
     ema.copy_to_model()
     return done
 
-# %% ../../nbs/4_diffusion/52_pretraining.ipynb #9a6054ef
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #7d5b7e79
 def training_images(
     out:Path, # Folder in which they are cached
     n_images:int, # Training images
@@ -413,6 +417,7 @@ def training_images(
 # Steps of autoencoder and denoiser for the models in the package
 TRAINING_STEPS = {'tiny-sdxl': (2500, 4400), 'tiny-flux': (2000, 6400)}
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #9a6054ef
 def pretrain(
     name:str, # `tiny-sdxl` or `tiny-flux`
     out:Path, # Output folder
@@ -490,7 +495,7 @@ def nearest_by_context(
         nearest.append(int(distances.argmin()))
     return np.array(nearest)
 
-# %% ../../nbs/4_diffusion/52_pretraining.ipynb #a161915f
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #e6b2b18d
 def inpaint_with(
     pipe, # A pipeline
     images:np.ndarray, # (n, size, size) uint8, AP and LAT in turn
@@ -506,12 +511,14 @@ def inpaint_with(
                        guidance_scale=guidance_scale or default_scale, batch_size=16)
     return composite(images, synthetic, masks)
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #b29c4f88
 def held_out_data(
     n_images:int=64, # Number of images
 )->tuple[np.ndarray,np.ndarray]: # Images and masks, each (n, 128, 128) uint8
     "The images and masks of the evaluation"
     return normal_images(n_images, 'held out'), random_masks(n_images, 128, 11)
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #a161915f
 def evaluate(
     pipelines:dict, # Name to pipeline
     train_images:np.ndarray, # (n, 128, 128) uint8: their training images
@@ -563,7 +570,7 @@ def file_manifest(
         manifest[path.relative_to(folder).as_posix()] = [path.stat().st_size, sha256]
     return manifest
 
-# %% ../../nbs/4_diffusion/52_pretraining.ipynb #b8a59169
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #d5e3926d
 CARD_TEMPLATE = """---
 license: apache-2.0
 library_name: diffusers
@@ -594,11 +601,14 @@ mean, and the median sharpness.
 `sharpness` is the roughness relative to that of the real image. The autoencoder's row is an upper
 bound for the denoiser.
 """
+
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #6b2da196
 USAGE = {'tiny-sdxl': 'Use `guidance_scale=1`; it predicts velocities, its sampler is Euler with '
                       'trailing timestep spacing.',
          'tiny-flux': 'Use `guidance_scale=30, max_sequence_length=24`.'}
 SAMPLER_SETTINGS = {'tiny-sdxl': '20 steps, guidance 1', 'tiny-flux': '20 steps, guidance 30'}
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #8034e1ed
 def summary_table(
     scores:pd.DataFrame, # From `evaluate`
 )->pd.DataFrame: # A row for each method
@@ -612,6 +622,7 @@ def summary_table(
     table = pd.DataFrame(columns, index=groups.ssim.mean().index)
     return table.assign(sharpness=groups.sharpness.median().map('{:.2f}'.format))
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #b8a59169
 def model_card(
     name:str, # `tiny-sdxl` or `tiny-flux`
     pipe, # The pipeline

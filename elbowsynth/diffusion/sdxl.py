@@ -101,7 +101,7 @@ def snr_weights(
     if loss_weight_fn=='constant': return torch.ones_like(snr)
     return snr.clamp(max=snr_gamma)/(snr+v_prediction)
 
-# %% ../../nbs/4_diffusion/49_sdxl.ipynb #6264911d
+# %% ../../nbs/4_diffusion/49_sdxl.ipynb #3ec1af7e
 def predict_noise(
     pipe, # An SDXL inpainting pipeline
     batch:Batch,
@@ -136,6 +136,7 @@ def predict_noise(
     snr = alphas_cumprod/(1-alphas_cumprod)
     return model_pred, target, snr_weights(loss_weight_fn, snr, snr_gamma, v_prediction)
 
+# %% ../../nbs/4_diffusion/49_sdxl.ipynb #6264911d
 def sdxl_spec(
     config:FineTuneConfig=SDXL,
 )->ModelSpec:

@@ -216,7 +216,7 @@ DTYPES = ['float64', 'float32', 'bfloat16', 'float16']
 # If empty, `weight_dtype` applies
 DTYPE_FIELDS = ['prior_dtype', 'text_encoder_dtype', 'train_dtype', 'output_dtype']
 
-# %% ../../nbs/4_diffusion/44_settings.ipynb #44c0de14
+# %% ../../nbs/4_diffusion/44_settings.ipynb #8f47f859
 def dtype_errors(
     config:FineTuneConfig, # With all data types filled in
 )->list[str]:
@@ -228,6 +228,7 @@ def dtype_errors(
         errors.append(f'train_dtype={train!r} has no effect on {prior} weights')
     return errors
 
+# %% ../../nbs/4_diffusion/44_settings.ipynb #f2d9b539
 def distributed_errors(
     config:FineTuneConfig,
     world_size:int, # Number of processes
@@ -245,6 +246,7 @@ def distributed_errors(
         errors.append('fused_back_pass requires one process, Adafactor and no gradient clipping')
     return errors
 
+# %% ../../nbs/4_diffusion/44_settings.ipynb #44c0de14
 def training_errors(
     config:FineTuneConfig,
 )->list[str]:
@@ -290,7 +292,7 @@ def delegates_config(
         return train_fn
     return decorate
 
-# %% ../../nbs/4_diffusion/44_settings.ipynb #44c0de20
+# %% ../../nbs/4_diffusion/44_settings.ipynb #7f89b423
 def parse_bool(
     text:str, # true or false
 )->bool:
@@ -298,6 +300,7 @@ def parse_bool(
     if text.lower() in ('true', 'false'): return text.lower()=='true'
     raise ValueError(f'expected true or false, got {text!r}')
 
+# %% ../../nbs/4_diffusion/44_settings.ipynb #62d51f57
 def add_data_arguments(
     parser:argparse.ArgumentParser, # Changed in place
 ):
@@ -311,6 +314,7 @@ def add_data_arguments(
     parser.add_argument('--size', type=int, default=1024, help='image size (Table 7: 1024)')
     parser.add_argument('--out', required=True, help='folder to write')
 
+# %% ../../nbs/4_diffusion/44_settings.ipynb #44c0de20
 def build_parser(
     config:FineTuneConfig, # Its values are the defaults
 )->argparse.ArgumentParser:

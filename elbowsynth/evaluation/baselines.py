@@ -62,7 +62,7 @@ def telea_inpaint(
         filled.append(np.where(masked, enlarged, real))
     return np.stack(filled)
 
-# %% ../../nbs/5_evaluation/63_baselines.ipynb #071ebc6c
+# %% ../../nbs/5_evaluation/63_baselines.ipynb #fe363692
 def _reconstruct(
     images:np.ndarray, # (n, h, w), uint8
     vae, # An autoencoder of diffusers
@@ -79,6 +79,7 @@ def _reconstruct(
         gray = decoded.float().mean(1)*127.5+127.5
         return gray.round().clamp(0, 255).byte().cpu().numpy()
 
+# %% ../../nbs/5_evaluation/63_baselines.ipynb #071ebc6c
 def vae_reconstruct(
     images:np.ndarray, # Real images, (n, h, w), uint8
     vae, # An autoencoder of diffusers, a pipeline with one, or a function of images

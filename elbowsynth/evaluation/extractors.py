@@ -149,7 +149,7 @@ def load_weights(
     model.load_state_dict(used, strict=False)
     return model
 
-# %% ../../nbs/5_evaluation/60_extractors.ipynb #7d18f849
+# %% ../../nbs/5_evaluation/60_extractors.ipynb #3679c394
 def build_resnet50(
     weights:str, # `IMAGENET1K_V1`, `IMAGENET1K_V2` or a file
     variant:str, # `resnet50` or `radimagenet`
@@ -170,6 +170,7 @@ def build_resnet50(
     if variant=='radimagenet': return model, [.5]*3, [.5]*3
     return model, [.485, .456, .406], [.229, .224, .225]
 
+# %% ../../nbs/5_evaluation/60_extractors.ipynb #7d18f849
 def build_densenet121(
     weights:str, # A file
 )->tuple: # Network; mean and standard deviation of its input

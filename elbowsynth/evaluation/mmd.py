@@ -168,7 +168,7 @@ def make_kernel(
     if sigma=='dims': sigma = np.sqrt(fx.shape[1]/2)
     return gaussian_kernel(sigma, convention['unit_norm'], minus_one)
 
-# %% ../../nbs/5_evaluation/62_mmd.ipynb #047ce67a
+# %% ../../nbs/5_evaluation/62_mmd.ipynb #89da68ea
 def _within_sums(blocks, n, kernel):
     "Row sums of a symmetric kernel matrix without its diagonal, and the diagonal."
     sums, diagonal = np.zeros(n), np.zeros(n)
@@ -181,6 +181,7 @@ def _within_sums(blocks, n, kernel):
             sums[at] += values.sum(1).cpu().numpy()
     return sums-diagonal, diagonal
 
+# %% ../../nbs/5_evaluation/62_mmd.ipynb #047ce67a
 def kernel_sums(
     fx, # Features of the real images, (m, d)
     fy, # Features of the synthetic images, (n, d)

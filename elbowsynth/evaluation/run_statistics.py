@@ -91,11 +91,12 @@ def score_tests(
                'p_holm', 'n_pairs', 'n_patients', 'reason']
     return pd.concat(tables, ignore_index=True)[columns]
 
-# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #adc95929
+# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #4ead5af7
 def _checkpoints_reason(n):
     "Why there is no trend; empty if there are enough checkpoints"
     return '' if n>2 else f'too few trained checkpoints for a trend ({n} of 3)'
 
+# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #856e3502
 def _pair_trend(scores, metric, min_images, bootstrap_kwargs):
     "Trend of the scores of pairs"
     info = scores.drop_duplicates('pair').set_index('pair')
@@ -110,6 +111,7 @@ def _pair_trend(scores, metric, min_images, bootstrap_kwargs):
     trend = trend_test(by_epoch.to_numpy(), by_epoch.columns, patients, **bootstrap_kwargs)
     return row | {k: trend[k] for k in ('slope', 'ci_low', 'ci_high', 'rank_correlation', 'p')}
 
+# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #adc95929
 def _mmd_trend(summary):
     "Trend of the MMD² of one model"
     summary = summary[summary.mmd2.notna()].sort_values('epoch')

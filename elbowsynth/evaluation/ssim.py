@@ -12,12 +12,13 @@ import cv2, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from ..core import parallel_map
 from .extractors import as_image_batch
 
-# %% ../../nbs/5_evaluation/61_ssim.ipynb #697c2a96
+# %% ../../nbs/5_evaluation/61_ssim.ipynb #7651ddb1
 def _gaussian_window(size=11, sigma=1.5):
     "Weights of a Gaussian window along one side, with sum one."
     weights = np.exp(-(np.arange(size)-size//2)**2/(2*sigma**2))
     return weights/weights.sum()
 
+# %% ../../nbs/5_evaluation/61_ssim.ipynb #697c2a96
 WINDOWS = {'gauss': _gaussian_window(), 'flat': np.full(7, 1/7)}
 C1, C2 = .01**2, .03**2
 
@@ -180,7 +181,8 @@ def ssim(
     stacks = check_image_pairs(x, y, len(WINDOWS[options['window']]), mask)
     factor = _pool_factor(stacks[0]) if options['pool'] else 1
     def ssim_of_pair(*images):
-        x,y,*mask = (avg_pool(o, factor) for o in images)
+        pooled = [avg_pool(o, factor) for o in images]
+        x,y,*mask = pooled
         values, _ = ssim_maps(x, y, options['window'], options['reflect'], options['sample'])
         return masked_mean(values, *mask)
     scores = map_pairs(ssim_of_pair, stacks, device)
@@ -264,7 +266,7 @@ def ms_ssim(
             'which stays 80 pixels from the border')
     return scores
 
-# %% ../../nbs/5_evaluation/61_ssim.ipynb #cd74d2d1
+# %% ../../nbs/5_evaluation/61_ssim.ipynb #7f98938b
 def _all_scores(x, y, masks, factor):
     "ssim, then mae and `scale_statistics` in the full image and in each mask, in one vector."
     statistics = scale_statistics(x, y, masks, MS_SSIM_CONVENTIONS['piq'])
@@ -274,6 +276,7 @@ def _all_scores(x, y, masks, factor):
     if isinstance(x, np.ndarray): return np.concatenate([[pooled], errors, statistics.ravel()])
     return torch.cat([pooled[:, None], torch.stack(errors, -1), statistics.flatten(1)], 1)
 
+# %% ../../nbs/5_evaluation/61_ssim.ipynb #cd74d2d1
 def pair_scores(
     x, # Real images, (n, h, w) in [0, 1]
     y, # Synthetic images, a partner for each

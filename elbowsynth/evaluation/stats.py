@@ -91,7 +91,7 @@ def expanded_percentiles(
     z = t_quantile*np.sqrt(n_clusters/(n_clusters-1))
     return np.quantile(resamples, norm.cdf([z, -z]))
 
-# %% ../../nbs/5_evaluation/64_stats.ipynb #275c1c84
+# %% ../../nbs/5_evaluation/64_stats.ipynb #8ecaf9fe
 def _resampled_means(v, codes, n_resamples, rng):
     "Means of bootstrap samples of groups, (n_resamples, k)."
     n_groups = codes.max()+1
@@ -101,6 +101,7 @@ def _resampled_means(v, codes, n_resamples, rng):
     totals = times_drawn@sums
     return totals[:, :-1]/totals[:, -1:]
 
+# %% ../../nbs/5_evaluation/64_stats.ipynb #3f204184
 def _nested_means(v, patients, images, n_resamples, rng):
     "Means of bootstrap samples of patients, of their images and of their pairs, from sorted rows."
     n_patients = patients.max()+1
@@ -116,6 +117,7 @@ def _nested_means(v, patients, images, n_resamples, rng):
         means.append(v[drawn_rows].mean(0))
     return np.stack(means)
 
+# %% ../../nbs/5_evaluation/64_stats.ipynb #275c1c84
 def cluster_bootstrap(
     values, # (n,) or (n, k): one or k scores of each pair
     patients=None, # (n,) names; images, or else rows, are independent if None
@@ -202,7 +204,7 @@ def stack_sets(
     if not vectors.is_floating_point(): vectors = vectors.double()
     return vectors, group_codes(np.concatenate(names), len(vectors)), len(fx)
 
-# %% ../../nbs/5_evaluation/64_stats.ipynb #5843a8a6
+# %% ../../nbs/5_evaluation/64_stats.ipynb #d78d5c87
 def _leave_one_out_mmd2(sums, codes, m):
     "MMD² of all patients, then without each of them, from sums with x (column 0) and y (column 1)."
     n_groups = codes.max()+1
@@ -224,6 +226,7 @@ def _leave_one_out_mmd2(sums, codes, m):
     between = (xy.sum()-2*xy)/gamma
     return within_x+within_y-between
 
+# %% ../../nbs/5_evaluation/64_stats.ipynb #5843a8a6
 def mmd_jackknife(
     fx, # Features of the real images, (m, d)
     fy, # Features of the synthetic images, (n, d)
@@ -250,7 +253,7 @@ def mmd_jackknife(
         'estimate': float(estimate), 'ci_low': float(estimate-margin),
         'ci_high': float(estimate+margin), 'se': float(se), 'n_clusters': n}
 
-# %% ../../nbs/5_evaluation/64_stats.ipynb #1ef7580f
+# %% ../../nbs/5_evaluation/64_stats.ipynb #210dc712
 def _subsample(membership, fraction, rng):
     "Mark a fraction of the patients, separately of those in x, in y and in both."
     kept = np.zeros(len(membership), bool)
@@ -260,6 +263,7 @@ def _subsample(membership, fraction, rng):
         kept[rng.permutation(patients)[:n_kept]] = True
     return kept
 
+# %% ../../nbs/5_evaluation/64_stats.ipynb #1ef7580f
 def cluster_subsampling(
     statistic, # Function of (m, d) and (n, d), or of (m, d) alone, to one or k numbers
     fx, # (m, d)
@@ -298,12 +302,13 @@ def cluster_subsampling(
         'estimate': estimate, 'ci_low': estimate-margin, 'ci_high': estimate+margin, 'se': se,
         'n_clusters': int(n_clusters)}
 
-# %% ../../nbs/5_evaluation/64_stats.ipynb #fb785da7
+# %% ../../nbs/5_evaluation/64_stats.ipynb #ec451e1e
 def _p_value(values):
     "Fraction of values that are at least the first one, up to rounding."
     tolerance = 1e-6*abs(values).max()
     return float((values>=values[0]-tolerance).mean())
 
+# %% ../../nbs/5_evaluation/64_stats.ipynb #fb785da7
 def permutation_test(
     fx, # Features of one set, (m, d)
     fy, # Features of the other, (n, d)
@@ -334,13 +339,14 @@ def permutation_test(
     xx = (sums[:, :-1]*weights[:, :-1]).sum(0)
     x_to_all = (sums[:, -1:]*weights[:, :-1]).sum(0)
     all_to_all = sums[:, -1].sum()
+    xy = x_to_all-xx
     yy = all_to_all-2*x_to_all+xx
-    xx, xy, yy = (o.cpu().numpy() for o in (xx, x_to_all-xx, yy))
     n_x = sizes@in_x
     n_y = len(vectors)-n_x
     n_xx = n_x**2-(sizes**2)@in_x
     n_yy = n_y**2-(sizes**2)@(1-in_x)
-    values = xx/n_xx+yy/n_yy-2*xy/(n_x*n_y)
+    xx, yy = xx.cpu().numpy(), yy.cpu().numpy()
+    values = xx/n_xx+yy/n_yy-2*xy.cpu().numpy()/(n_x*n_y)
     return {'mmd2': float(values[0]), 'p': _p_value(values), 'null': values[1:]}
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #f68b9ab4
@@ -445,7 +451,7 @@ def insufficient_data_reason(
     if n_images<min_images: return f'too few images for an interval ({n_images} of {min_images})'
     return ''
 
-# %% ../../nbs/5_evaluation/64_stats.ipynb #f2169906
+# %% ../../nbs/5_evaluation/64_stats.ipynb #7ca44573
 def _compare_models(scores_a, scores_b, patients, images, min_images, test_kwargs):
     "`paired_test` on the pairs that both models have, or the reason why there is none."
     scores_a, scores_b = np.asarray(scores_a, float), np.asarray(scores_b, float)
@@ -458,6 +464,7 @@ def _compare_models(scores_a, scores_b, patients, images, min_images, test_kwarg
     else: result = paired_test(scores_a[in_both], scores_b[in_both], patients, **test_kwargs)
     return result | {'reason': reason}
 
+# %% ../../nbs/5_evaluation/64_stats.ipynb #f2169906
 def paired_tests(
     scores:dict, # (model, metric) to (n,) scores of the same pairs; NaN where a model has no image
     groups=None, # (n,) patients

@@ -27,7 +27,7 @@ from ..evaluation.mmd import mmd2
 from ..evaluation.stats import cluster_bootstrap
 from ..report.figures import STYLE
 
-# %% ../../nbs/7_experiments/85_finetuning_effect.ipynb #18be4274
+# %% ../../nbs/7_experiments/85_finetuning_effect.ipynb #53740517
 CLASSES = ['distal humerus fracture', 'elbow dislocation anterior', 'elbow dislocation posterior',
            'proximal ulnar metaphysis fracture', 'soft tissue swelling', 'supracondylar fracture']
 PATIENT_SEEDS = {'train': 4*10**15, 'test': 5*10**15}  # Of the first patient of each set
@@ -48,6 +48,7 @@ def downsample(
     "Reduce an image by area averaging"
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
 
+# %% ../../nbs/7_experiments/85_finetuning_effect.ipynb #a3a64fda
 def make_counterfactual(
     index:int, # Of the patient in the set
     subset:str, # `train` or `test`
@@ -69,6 +70,7 @@ def make_counterfactual(
     healthy_image = downsample(clahe(healthy.image, 2.), size)
     return f'{subset}{index:04d}', injured_image, healthy_image, mask, pathology, view
 
+# %% ../../nbs/7_experiments/85_finetuning_effect.ipynb #18be4274
 def make_counterfactuals(
     n_patients:int,
     subset:str='train', # Or `test`
@@ -91,7 +93,8 @@ def lesion_coefficient(
     "How much of the lesion each generated image shows"
     coefficients = []
     for s, p, h, m in zip(generated, injured, healthy, masks, strict=True):
-        s, p, h = [np.asarray(image, float)[m>0] for image in (s, p, h)]
+        inside_mask = [np.asarray(image, float)[m>0] for image in (s, p, h)]
+        s, p, h = inside_mask
         predictors = np.stack([np.ones_like(h), h, p-h], 1)
         coefficients.append(np.linalg.lstsq(predictors, s, rcond=None)[0][2])
     return np.array(coefficients)
@@ -143,7 +146,7 @@ def validation_curves(
                                             seed=int(seed)))
     return pd.concat(curves, ignore_index=True)
 
-# %% ../../nbs/7_experiments/85_finetuning_effect.ipynb #8289cbba
+# %% ../../nbs/7_experiments/85_finetuning_effect.ipynb #521f19aa
 METRIC_DEFINITIONS = {
     'ssim': 'piq_full, mean over the windows whose center lies inside the mask',
     'mae': 'mean absolute error to the injured image inside the mask, gray levels',
@@ -154,6 +157,7 @@ METRIC_DEFINITIONS = {
                         'same noise at each checkpoint',
     'resize': 'none: images are generated and scored at the size at which they were simulated'}
 
+# %% ../../nbs/7_experiments/85_finetuning_effect.ipynb #80d676a5
 def write_csv(
     path:Path, # File to write
     table:pd.DataFrame,
@@ -162,6 +166,7 @@ def write_csv(
     "Write a table atomically"
     with atomic_write(path) as part: table.to_csv(part, index=False, float_format=float_format)
 
+# %% ../../nbs/7_experiments/85_finetuning_effect.ipynb #8289cbba
 def run_finetuning_effect(
     out:Path, # Output folder
     base_models:list, # Keys of `TRAINERS`

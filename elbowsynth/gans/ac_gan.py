@@ -227,8 +227,10 @@ def train_conditional_gan(
     field_sizes = [len(values) for values in label_fields.values()]
     is_validation = validation_mask(pairs, config.validation_fraction).values
     train_pairs,validation_pairs = pairs[~is_validation], pairs[is_validation]
-    y,validation_y,test_y = (one_hot_labels(table, label_fields, config.n_labels)
-                             for table in (train_pairs, validation_pairs, test))
+    def labels_of(table): return one_hot_labels(table, label_fields, config.n_labels)
+    y = labels_of(train_pairs)
+    validation_y = labels_of(validation_pairs)
+    test_y = labels_of(test)
     validation_names = list(pairs.get('pair', pairs.index)[is_validation])
     claim_run_dir(out, {
         'images_hash': content_hash(images[~is_validation], y.numpy()),

@@ -202,7 +202,7 @@ def no_param_grad(
     finally:
         for p in params: p.requires_grad_(True)
 
-# %% ../../nbs/3_gans/35_gan.ipynb #ce7865c7
+# %% ../../nbs/3_gans/35_gan.ipynb #fed38a91
 class _CudaGraphedStep:
     "A training step that is recorded as a CUDA graph at its fourth call and replayed from then on"
     def __init__(self, step_fn, device, generators):
@@ -239,6 +239,7 @@ class _CudaGraphedStep:
         self.graph.replay()
         return self.result
 
+# %% ../../nbs/3_gans/35_gan.ipynb #ce7865c7
 def cuda_graphed(
     step_fn, # Takes the indices of a batch, returns a dict of tensors
     device:torch.device, # Device of the step
@@ -511,12 +512,13 @@ def plot_losses(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/3_gans/35_gan.ipynb #9ca2e249
+# %% ../../nbs/3_gans/35_gan.ipynb #0c530e99
 CHECKPOINT_PANELS = {
     'class accuracy': ['class_acc_real', 'class_acc_fake', 'class_acc_val'],
     'MS-SSIM within a class': ['intra_class_ms_ssim_fake', 'intra_class_ms_ssim_real'],
     'gray levels to the nearest training image': ['nn_distance_fake', 'nn_distance_real']}
 
+# %% ../../nbs/3_gans/35_gan.ipynb #9ca2e249
 def plot_checkpoint_metrics(
     logs:dict, # Model to its `checkpoint_metrics.jsonl`
 ):

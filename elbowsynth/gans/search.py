@@ -36,7 +36,7 @@ def suggest_hyperparameters(
     hyperparameters['batch_size'] = trial.suggest_categorical('batch_size', batch_sizes)
     return hyperparameters
 
-# %% ../../nbs/3_gans/39_search.ipynb #65019931
+# %% ../../nbs/3_gans/39_search.ipynb #0007b3c7
 def open_study(
     path:Path, # The journal
     model:str, # `ac_gan` or `tac_gan`
@@ -57,6 +57,7 @@ def open_study(
     storage = JournalStorage(backend)
     return optuna.create_study(study_name=model, storage=storage, load_if_exists=True)
 
+# %% ../../nbs/3_gans/39_search.ipynb #65019931
 def ask(
     study, # From `open_study`
     seed:int=0, # Seed of the sampler
@@ -105,7 +106,7 @@ def run_trial(
     generated = load_images(samples, validation_pairs.pair, images.shape[-1])
     return mmd2(real_features, features(generated/255, extractor, str(get_device(device))))
 
-# %% ../../nbs/3_gans/39_search.ipynb #7512b0ec
+# %% ../../nbs/3_gans/39_search.ipynb #805da16f
 def collect_trials(
     out:Path, # Folder of the stage
 )->pd.DataFrame: # model, trial, mmd2 (NaN if training diverged) and hyperparameters
@@ -129,6 +130,7 @@ def collect_trials(
     save_json(out/'best_hyperparameters.json', best)
     return table
 
+# %% ../../nbs/3_gans/39_search.ipynb #7512b0ec
 def search_hyperparameters(
     images:np.ndarray, # (n, size, size) uint8, the image of each training pair
     pairs:pd.DataFrame, # Training pairs; test pairs are never passed to this function

@@ -321,7 +321,7 @@ def train_one_model(
                       grad_norm_critic=grad_norm(critic), grad_norm_gen=grad_norm(gen))
         yield step
 
-# %% ../../nbs/3_gans/36_wgan_gp.ipynb #6c98258d
+# %% ../../nbs/3_gans/36_wgan_gp.ipynb #d76f246c
 def select_models(
     pairs:pd.DataFrame, # Training pairs: `pathology`, `view`
     test:pd.DataFrame, # Test pairs
@@ -347,6 +347,7 @@ def select_models(
     models.loc[is_small, 'reason'] = repeated
     return models[['view', 'pathology', 'n_train', 'n_test', 'trained', 'reason']]
 
+# %% ../../nbs/3_gans/36_wgan_gp.ipynb #6c98258d
 def uncovered_pairs(
     models:pd.DataFrame, # From `select_models`
     test:pd.DataFrame, # Test pairs

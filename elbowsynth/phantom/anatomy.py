@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from .geometry import Ellipsoid, Part, rotation_matrix, Tube
 
-# %% ../../nbs/1_phantom/11_anatomy.ipynb #fdc8737c
+# %% ../../nbs/1_phantom/11_anatomy.ipynb #e8c5a370
 def humerus_part(width, thickness, cortex_thickness, condylar_tilt):
     "Distal half of the humerus: shaft, supracondylar columns, fossae"
     w, t = width, thickness
@@ -29,6 +29,7 @@ def humerus_part(width, thickness, cortex_thickness, condylar_tilt):
     return Part('humerus', [shaft, medial, lateral], (olecranon_fossa, coronoid_fossa),
                 cortex_thickness=cortex_thickness)
 
+# %% ../../nbs/1_phantom/11_anatomy.ipynb #9d1819c0
 def ulna_part(thickness, articular_size, cortex_thickness):
     "Ulna: shaft, coronoid process, trochlear notch"
     k, t = articular_size, thickness
@@ -40,6 +41,7 @@ def ulna_part(thickness, articular_size, cortex_thickness):
     notch = Ellipsoid((-5, 0, 0), (20, 13.2*k, 13.2*k), cortex_scale=.35)
     return Part('ulna', [shaft, coronoid], (notch,), cortex_thickness=.75*cortex_thickness)
 
+# %% ../../nbs/1_phantom/11_anatomy.ipynb #a5530d96
 def radius_part(thickness, articular_size, cortex_thickness):
     "Radius: shaft and neck, the hollow of the radial head"
     k, t = articular_size, thickness
@@ -51,6 +53,7 @@ def radius_part(thickness, articular_size, cortex_thickness):
     cup = Ellipsoid((13, 0, 0), (13, 13*k, 13*k), cortex_scale=.4)
     return Part('radius', [shaft], (cup,), cortex_thickness=.7*cortex_thickness)
 
+# %% ../../nbs/1_phantom/11_anatomy.ipynb #fdc8737c
 def long_bones(
     humerus_width:float=1., # Width of the distal humerus, as a factor
     shaft_thickness:float=1., # Thickness of the shafts, as a factor
@@ -65,7 +68,8 @@ def long_bones(
         'radius': radius_part(shaft_thickness, articular_size, cortex_thickness)}
 
 # %% ../../nbs/1_phantom/11_anatomy.ipynb #5229ecb5
-OSSIFICATION_CENTERS = {          # name: bone, age at which it appears, age at which it fuses (girls, years)
+# name: bone, age at which it appears, age at which it fuses (girls, years)
+OSSIFICATION_CENTERS = {
     'capitellum': ('humerus', 1, 14), 'radial head': ('radius', 3, 15),
     'medial epicondyle': ('humerus', 5, 16), 'trochlea': ('humerus', 7, 14),
     'olecranon': ('ulna', 9, 15), 'lateral epicondyle': ('humerus', 11, 14)}
@@ -124,21 +128,25 @@ def soft_tissue(
     fat_thickness:float=5., # Fat under the skin, mm
 )->tuple: # Two dicts, name to part: upper arm, forearm
     "Muscle, skin and the fat pads of the joint"
-    upper = np.array([[-24, 6, 4, 0, -6], [-16, 26, 17, 0, -6], [-4, 36, 27, 0, -5], [15, 38, 31, 0, -4],
+    upper = np.array([[-24, 6, 4, 0, -6], [-16, 26, 17, 0, -6],
+                      [-4, 36, 27, 0, -5], [15, 38, 31, 0, -4],
                       [60, 36, 34, 0, -2], [130, 40, 41, 0, -2], [230, 46, 47, 0, -2]])
-    lower = np.array([[-230, 28, 22, 2, -2], [-120, 37, 28, 3, -1], [-60, 42, 31, 2, 0], [-15, 41, 29, 0, -3],
+    lower = np.array([[-230, 28, 22, 2, -2], [-120, 37, 28, 3, -1],
+                      [-60, 42, 31, 2, 0], [-15, 41, 29, 0, -3],
                       [4, 36, 24, 0, -5], [14, 27, 17, 0, -6], [24, 6, 4, 0, -7]])
     joint = Ellipsoid((0, -8, -8), (33*muscle_bulk, 23.5*muscle_bulk, 25*muscle_bulk))
     def layer(rows, thickness):
         rows = rows*[1, muscle_bulk, muscle_bulk, 1, 1]
         rows[:, 1:3] += thickness
         return Tube(rows)
-    def upper_part(structure, thickness): return Part(structure, [layer(upper, thickness), joint.inset(-thickness)])
+    def upper_part(structure, thickness):
+        return Part(structure, [layer(upper, thickness), joint.inset(-thickness)])
     front_pad = Part('fat', [Ellipsoid((-2, 29, .5), (12, 12, 1.7), rotation_matrix(0, 4))])
     back_pad = Part('fat', [Ellipsoid((-2, 22, -14), (9, 7, 2))])
     upper_arm = {'skin': upper_part('skin', fat_thickness), 'muscle': upper_part('muscle', 0),
                  'front pad': front_pad, 'back pad': back_pad}
-    forearm = {'skin': Part('skin', [layer(lower, fat_thickness)]), 'muscle': Part('muscle', [layer(lower, 0)])}
+    forearm = {'skin': Part('skin', [layer(lower, fat_thickness)]),
+               'muscle': Part('muscle', [layer(lower, 0)])}
     return upper_arm, forearm
 
 # %% ../../nbs/1_phantom/11_anatomy.ipynb #3e2bc747
@@ -147,11 +155,11 @@ BONES = ['humerus', 'ulna', 'radius'] # Their labels in a label map, from 1
 @dataclass
 class Arm:
     "A left arm before it is posed"
-    upper_arm:dict # Name to part: humerus, its growth centers and fragments, soft tissue of the upper arm
+    upper_arm:dict # Name to part: humerus, its growth centers, fragments and soft tissue
     forearm:dict # Name to part: what bends with the elbow
     points:dict=field(default_factory=dict) # Landmark: (bone, point on it)
-    rotation:np.ndarray=field(default_factory=lambda: np.eye(3)) # Displacement of the forearm: rotated ...
-    translation:np.ndarray=field(default_factory=lambda: np.zeros(3)) # ... and translated (mm), after bending
+    rotation:np.ndarray=field(default_factory=lambda: np.eye(3)) # Forearm: first rotated ...
+    translation:np.ndarray=field(default_factory=lambda: np.zeros(3)) # ... then translated, mm
     carrying_angle:float=10. # Between the axes of the extended arm, degrees
     scale:float=1. # Size relative to an adult's
     age:float=30. # Years
@@ -183,7 +191,8 @@ def landmarks(
     humerus = {
         'shaft upper': on_shaft(95, 0), 'shaft lower': on_shaft(55, 0),
         'cortex upper': on_shaft(95, 1), 'cortex lower': on_shaft(55, 1),
-        'capitellum': ball.center, 'capitellum rim': (ball.center[0], -ball.semi_axes[1], 0), 'trochlea': (-8, 0, 0),
+        'capitellum': ball.center, 'capitellum rim': (ball.center[0], -ball.semi_axes[1], 0),
+        'trochlea': (-8, 0, 0),
         'plate lateral': tuple(plate-8*across), 'plate medial': tuple(plate+8*across),
         'plate front': tuple(plate+6*along), 'plate back': tuple(plate-6*along),
         'medial epicondyle': tip('medial epicondyle', (-.8, -.5, 0)),
@@ -209,21 +218,23 @@ def sample_arm(
     carrying_angle, cortex_thickness = near(10, .2), near(4, .1)
     male = sex=='M' if sex else rng.random()<.5
     cortex_thickness *= 1-.008*max(age-50, 0)
-    bones = long_bones(humerus_width, shaft_thickness, articular_size, cortex_thickness, condylar_tilt)
+    bones = long_bones(humerus_width, shaft_thickness, articular_size, cortex_thickness,
+                       condylar_tilt)
     bone_ends = epiphyses(humerus_width, articular_size, condylar_tilt, baumann_angle)
     parts = ossify(bones, bone_ends, age, float(male))
     def of_bone(name): return {k: p for k,p in parts.items() if p.structure==name}
     upper_arm = of_bone('humerus') | upper_soft
     forearm = of_bone('ulna') | of_bone('radius') | lower_soft
     scale = float(np.interp(age, [1, 6, 12, 16], [.52, .68, .86, 1]))
-    return Arm(upper_arm, forearm, landmarks(bones, bone_ends), carrying_angle=carrying_angle, scale=scale, age=age)
+    return Arm(upper_arm, forearm, landmarks(bones, bone_ends), carrying_angle=carrying_angle,
+               scale=scale, age=age)
 
 # %% ../../nbs/1_phantom/11_anatomy.ipynb #a1a70002
 def pose_arm(
     arm:Arm,
     flexion:float, # Degrees from the extended forearm
 )->list[Part]: # All parts in the coordinates of the joint
-    "Bend the forearm and displace it as its injuries require; soft tissue follows a translation by 70 %"
+    "Bend and displace the forearm; soft tissue follows 70 % of a translation"
     bend = rotation_matrix(0, -flexion)@rotation_matrix(2, arm.carrying_angle)
     posed = list(arm.upper_arm.values())
     for part in arm.forearm.values():
@@ -250,7 +261,8 @@ def posed_landmarks(
     def holder(name, bone, q):
         center = name.split()[0] if name.startswith('capitellum') else name
         if center in parts: return parts[center]
-        fragments = [p for k,p in parts.items() if p.structure==bone and k not in OSSIFICATION_CENTERS]
+        fragments = [p for k,p in parts.items() if p.structure==bone
+                     and k not in OSSIFICATION_CENTERS]
         return max(fragments, key=lambda p: depth_inside_cuts(p, q))
     return {name: holder(name, bone, q).point(q) for name,(bone,q) in arm.points.items()}
 
@@ -284,7 +296,8 @@ def radiographic_measurements(
     miss = abs(point_line_distance(p['capitellum'], p['radial neck'], p['radial head']))
     ahead_of_head = (p['capitellum']-p['radial head'])@neck/np.hypot(*neck)
     passes = miss<=.4*radius and 0<ahead_of_head<2*radius
-    values = {'radiocapitellar distance': miss/px_per_mm, 'radiocapitellar line': 'passes' if passes else 'fails'}
+    values = {'radiocapitellar distance': miss/px_per_mm,
+              'radiocapitellar line': 'passes' if passes else 'fails'}
     if view=='AP':
         def from_shaft(q): return point_line_distance(q, p['shaft upper'], p['shaft lower'])
         forearm = p['ulna lower']-p['ulna upper']
@@ -294,7 +307,8 @@ def radiographic_measurements(
         baumann = angle_between(shaft, p['plate lateral']-p['plate medial'])
         return values | {'carrying angle': float(carrying), 'Baumann angle': baumann}
     front_side = np.sign(point_line_distance(p['cortex lower'], p['shaft upper'], p['shaft lower']))
-    offset = point_line_distance(p['capitellum'], p['cortex upper'], p['cortex lower'])*front_side/radius
+    distance = point_line_distance(p['capitellum'], p['cortex upper'], p['cortex lower'])
+    offset = distance*front_side/radius
     thirds = ['in front', 'anterior third', 'middle third', 'posterior third', 'behind']
     humeral_line = thirds[int(np.searchsorted([-1, -1/3, 1/3, 1], offset))]
     tilt = 90-angle_between(shaft, p['plate front']-p['plate back'])

@@ -53,7 +53,7 @@ def collimate(
     size:int, # Side of the image in pixels
     box:tuple, # Top, left, bottom, right of the field, in pixels
     rng, # Random generator of tilt, penumbra and shutter
-)->tuple: # Fraction of the beam that passes, (size, size); opening of the shutter or None; box of the exposed pixels
+)->tuple: # (size, size) fraction of the beam; shutter opening or None; box of exposed pixels
     "The collimator, and the shutter that the workstation lays over its border"
     tilt = rng.normal()*(rng.random()<.3)
     penumbra = rng.uniform(.002, .008)*size
@@ -132,25 +132,30 @@ def free_position(
     y, x = places[np.argmin(np.round(loads))]                         # the first of the free ones
     return int(y), int(x)
 
-# %% ../../nbs/1_phantom/14_artifacts.ipynb #4bea1099
+# %% ../../nbs/1_phantom/14_artifacts.ipynb #e85989d4
 FAKE_NAMES = ['DOE JANE', 'DOE JOHN', 'NOBODY ANN', 'SAMPLE SAM', 'TEST PATIENT', 'MUSTER MAX',
               'PHANTOM PHIL', 'MADE UP MAY']
-FAKE_SITES = ['EXAMPLE HOSPITAL', 'SOMEWHERE CLINIC', 'RADIOLOGY', 'MADE-UP CHILDREN HOSP', 'DEPT OF IMAGING']
+FAKE_SITES = ['EXAMPLE HOSPITAL', 'SOMEWHERE CLINIC', 'RADIOLOGY', 'MADE-UP CHILDREN HOSP',
+              'DEPT OF IMAGING']
 OVERLAY_COLORS = [(255, 235, 40), (60, 255, 90), (60, 230, 255), (255, 150, 40), (255, 80, 200)]
 
+# %% ../../nbs/1_phantom/14_artifacts.ipynb #4bea1099
 def overlay_text(
     rng, # Random generator
 )->list[str]: # Lines for one corner
     "What a workstation writes into a corner"
     name, number = rng.choice(FAKE_NAMES), f'ID {rng.integers(1e5, 1e7)}'
     patient = [name, number, f'{rng.choice(["F", "M"])} {rng.integers(1, 90)}Y']
-    day, month, year, hour, minute, second = rng.integers([1, 1, 10, 0, 0, 0], [29, 13, 27, 24, 60, 60])
+    lowest, beyond = [1, 1, 10, 0, 0, 0], [29, 13, 27, 24, 60, 60]
+    day, month, year, hour, minute, second = rng.integers(lowest, beyond)
     time = [f'{day:02d}.{month:02d}.20{year}', f'{hour:02d}:{minute:02d}:{second:02d}']
     exposure = [f'{rng.integers(50, 66)} kV', f'{rng.uniform(1, 5):.1f} mAs',
-                f'W {rng.integers(500, 4000)} L {rng.integers(500, 2500)}', f'Zoom {rng.uniform(.3, 2):.2f}']
+                f'W {rng.integers(500, 4000)} L {rng.integers(500, 2500)}',
+                f'Zoom {rng.uniform(.3, 2):.2f}']
     site = [rng.choice(FAKE_SITES), rng.choice(['ELBOW', 'ELBOW 2 VIEWS', 'UPPER LIMB'])]
     position = [rng.choice(['TABLE', 'PORTABLE', 'SUPINE', 'ERECT'])]
-    blocks = [[*patient, *time], [*site, time[0]], exposure, [patient[0], site[1], *exposure[:2]], position]
+    blocks = [[*patient, *time], [*site, time[0]], exposure, [patient[0], site[1], *exposure[:2]],
+              position]
     return blocks[rng.integers(5)]
 
 # %% ../../nbs/1_phantom/14_artifacts.ipynb #a4d1000b
@@ -170,7 +175,7 @@ def write_text(canvas, rng, corner):
         y = size-(len(lines)-i-.5)*1.5*height if at_bottom else (i+1.3)*1.5*height
         put_text(canvas, line, (x, y), height, thickness, font)
 
-# %% ../../nbs/1_phantom/14_artifacts.ipynb #25b58bc7
+# %% ../../nbs/1_phantom/14_artifacts.ipynb #da0d5415
 def write_ruler(canvas, rng):
     "Draw a ruler with ticks along a border"
     size = len(canvas)
@@ -188,6 +193,7 @@ def write_ruler(canvas, rng):
         cv2.line(layer, (inset, y), (inset+length, y), 255, thickness)
     np.maximum(canvas, np.rot90(layer, border), out=canvas)
 
+# %% ../../nbs/1_phantom/14_artifacts.ipynb #25b58bc7
 def write_arrow(canvas, rng):
     "Draw an arrow, or a letter for a direction"
     size = len(canvas)
@@ -209,11 +215,12 @@ def write_caliper(canvas, rng):
     end = start+rng.normal(size=2)*.14*size
     ends = [q.astype(int).tolist() for q in (start, end)]
     cv2.line(canvas, *ends, 255, thickness, cv2.LINE_AA)
-    for q in ends: cv2.drawMarker(canvas, q, 255, cv2.MARKER_CROSS, max(5, size//40), thickness, cv2.LINE_AA)
+    for q in ends:
+        cv2.drawMarker(canvas, q, 255, cv2.MARKER_CROSS, max(5, size//40), thickness, cv2.LINE_AA)
     length = f'{np.hypot(*(end-start))/size*200:.1f} mm'
     put_text(canvas, length, end+size*.015, max(8, .022*size), thickness)
 
-# %% ../../nbs/1_phantom/14_artifacts.ipynb #3b3d4816
+# %% ../../nbs/1_phantom/14_artifacts.ipynb #6091396b
 def paint(out, canvas, color, colored):
     "Blend an annotation into an image, in place"
     drawn = canvas>0
@@ -221,6 +228,7 @@ def paint(out, canvas, color, colored):
     if colored: opacity = opacity[:, None]
     out[drawn] = (out[drawn]*(1-opacity)+np.array(color)*opacity).astype(np.uint8)
 
+# %% ../../nbs/1_phantom/14_artifacts.ipynb #3b3d4816
 def burn_in_annotations(
     image:np.ndarray, # (h, h) uint8, not changed
     colored:bool, # Whether some annotations have a color

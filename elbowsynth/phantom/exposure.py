@@ -22,7 +22,8 @@ ATTENUATION = {                   # 1/cm at 30, 35, 40, 50 and 60 keV; density i
     'soft':    (.4018, .3276, .2849, .2400, .2171),   # 1.06
     'fat':     (.2910, .2511, .2276, .2017, .1875),   # .95
     'marrow':  (.2950, .2560, .2330, .2070, .1930),   # yellow
-    'plaster': (4.353, 2.895, 2.071, 1.249, .8790),   # calcium sulfate, 2.32; a cast has a third of that
+    # calcium sulfate, 2.32; a cast has a third of that
+    'plaster': (4.353, 2.895, 2.071, 1.249, .8790),
     'lead':    (344., 230., 163., 91., 57.)}
 SPECTRUM = (.25, .25, .25, .17, .08) # Share of each energy in the beam
 
@@ -38,7 +39,7 @@ def transmission(
 GRID = .025, .1 # Spacing of the table: bone and soft tissue, cm
 
 @lru_cache(1)
-def transmission_table()->np.ndarray: # (260, 400), float32: soft tissue up to 26 cm, bone up to 10 cm
+def transmission_table()->np.ndarray: # (260, 400) float32: soft tissue to 26 cm, bone to 10 cm
     "`transmission` on a grid"
     bone = np.arange(400, dtype=np.float32)[None]*GRID[0]
     soft = np.arange(260, dtype=np.float32)[:, None]*GRID[1]
@@ -50,7 +51,8 @@ def transmission_lookup(
 )->np.ndarray: # Between 0 and 1
     "`transmission` by bilinear interpolation of the table"
     column, row = bone*np.float32(1/GRID[0]), soft*np.float32(1/GRID[1])
-    return cv2.remap(transmission_table(), column, row, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.remap(transmission_table(), column, row, cv2.INTER_LINEAR,
+                     borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #a3c90002
 def relative_attenuation(
@@ -112,7 +114,7 @@ def bone_thickness(
 )->tuple: # (h, w) mm of cortex, of spongy bone, of both; (h, w) label map
     "Sum the bones that each ray passes"
     shape = beam.v.size, beam.u.size
-    strip = max(48, 2**16//shape[1])                                  # rows that fit into a processor's cache
+    strip = max(48, 2**16//shape[1])  # rows that fit into a processor's cache
     labels = np.zeros(shape, np.uint8)
     cortex, spongy, volume = np.zeros((3, *shape), np.float32)
     for part in parts:
@@ -152,10 +154,12 @@ def add_trabeculae(
     if projection.view=='LAT':                                        # the forearm is horizontal
         small = cv2.resize(labels, (coarse, coarse), interpolation=cv2.INTER_NEAREST)
         texture = np.where(small>1, texture.T, texture)
-    texture = cv2.resize(texture*np.float32(.2/texture.std()), (size, size), interpolation=cv2.INTER_LINEAR)
+    texture = cv2.resize(texture*np.float32(.2/texture.std()), (size, size),
+                         interpolation=cv2.INTER_LINEAR)
     texture += 1
     beam = projection.beam(size)
-    equivalent = np.exp(-(beam.u/40)**2)*np.exp(-(beam.v/40)**2)      # density falls with the distance from the joint
+    # density falls with the distance from the joint
+    equivalent = np.exp(-(beam.u/40)**2)*np.exp(-(beam.v/40)**2)
     equivalent *= np.float32(.17)
     equivalent += np.float32(.07)
     equivalent *= spongy
@@ -197,7 +201,8 @@ def soft_tissue_thickness(
     skin = thickness_within(parts, 'skin', beam)
     muscle = thickness_within(parts, 'muscle', beam)
     strands = gaussian_blur(rng.standard_normal(skin.shape, np.float32), 1*px_per_mm, 4*px_per_mm)
-    rim = skin-np.sqrt(np.maximum(skin*skin-400, 0))                  # path inside the outer 1.5 mm of an arm 70 mm thick
+    # path inside the outer 1.5 mm of an arm 70 mm thick
+    rim = skin-np.sqrt(np.maximum(skin*skin-400, 0))
     dense = gaussian_blur(muscle, .7*px_per_mm)+rim
     soft = FAT*skin + (1-FAT)*dense + np.float32(.012/strands.std())*strands*skin
     contrast = {'fat': -.55, 'fluid': .1}
@@ -205,14 +210,14 @@ def soft_tissue_thickness(
         if part.structure not in contrast: continue
         window, length, _ = path_length(part, beam)
         soft[window] += contrast[part.structure]*length
-    return gaussian_blur(soft, max(.4*px_per_mm, .8))                 # hides the steps of the coarse grid
+    return gaussian_blur(soft, max(.4*px_per_mm, .8))  # hides the steps of the coarse grid
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #1c38fd83
 def border_pose(
     projection:Projection,
     rng, # Random generator of border and distance
 )->tuple: # Rotation (3, 3) and translation (3,) that move an upright body to a border
-    "A place at a border that the arm leaves free: left or right in the AP view, behind or below in the lateral view"
+    "A free place at a border: left or right in the AP view, behind or below in the lateral view"
     right, down, ray = projection.rotation
     x, y = projection.joint
     if projection.view=='AP': borders = [((1-x)*right, -right), (-x*right, right)]
@@ -222,7 +227,7 @@ def border_pose(
     rotation = np.stack([inwards, along, ray], 1)@rotation_matrix(2, rng.uniform(-12, 12))
     return rotation, border*projection.width+inwards*rng.uniform(-4, 16)
 
-# %% ../../nbs/1_phantom/13_exposure.ipynb #a3c90009
+# %% ../../nbs/1_phantom/13_exposure.ipynb #4c6660fe
 def neighboring_arm(
     projection:Projection,
     rng, # Random generator of its place and size
@@ -237,6 +242,7 @@ def neighboring_arm(
     bone = Part('neighbor', [Tube(np.array(bone_rows))], cortex_thickness=3., **pose)
     return [bone, Part('neighbor soft tissue', [Tube(np.array(arm_rows))], **pose)]
 
+# %% ../../nbs/1_phantom/13_exposure.ipynb #a3c90009
 def ribs(
     projection:Projection,
     rng, # Random generator of place and shape
@@ -254,7 +260,8 @@ def ribs(
     parts = [chest]
     for k in range(-7, 8):
         offset = [rng.normal()*1.5-.0011*(distance*k)**2, distance*k, 0]
-        parts.append(Part('neighbor', [rib], rotation=rib_rotation, translation=translation+rotation@offset,
+        parts.append(Part('neighbor', [rib], rotation=rib_rotation,
+                          translation=translation+rotation@offset,
                           cortex_thickness=.9))
     return parts
 
@@ -270,12 +277,13 @@ def plaster_cast(
     distance = np.hypot(beam.u, beam.v)
     creases = gaussian_blur(rng.standard_normal((beam.v.size, beam.u.size), np.float32), 1.5, 6)
     texture = 1+.05*np.sin(turns*(beam.u+.6*beam.v))+.07*creases/creases.std()
-    outer, inner = thickness_within(parts, 'skin', beam, wall+3), thickness_within(parts, 'skin', beam, 3)
+    outer = thickness_within(parts, 'skin', beam, wall+3)
+    inner = thickness_within(parts, 'skin', beam, 3)
     length = np.maximum(outer-inner, 0)*texture*np.clip((reach-distance)/3, 0, 1)
     density = .33*relative_attenuation('plaster', 'bone')
     return gaussian_blur((density*length).astype(np.float32), .8)
 
-# %% ../../nbs/1_phantom/13_exposure.ipynb #8f45907e
+# %% ../../nbs/1_phantom/13_exposure.ipynb #7a2577c9
 def add_neighbor(bone, soft, beam, coarse_beam, projection, rng):
     "Add another arm or ribs to the two maps, in place"
     sample = neighboring_arm if rng.random()<.5 else ribs
@@ -284,6 +292,7 @@ def add_neighbor(bone, soft, beam, coarse_beam, projection, rng):
         window, outer, marrow = path_length(part, rays)
         target[window] += outer-.9*marrow if part.cortex_thickness else .7*outer
 
+# %% ../../nbs/1_phantom/13_exposure.ipynb #8f45907e
 def thickness_maps(
     parts:list[Part], # All parts of an arm, posed
     projection:Projection,
@@ -345,7 +354,7 @@ def tone_map(
     stride = max(1, (bottom-top)//64)
     field = signal[top:bottom:stride, left:right:stride]
     density = -np.log(np.maximum(field, 1e-3))
-    tissue = density[(density>.45) & (density<3.8)]                   # neither air nor pixels without photons
+    tissue = density[(density>.45) & (density<3.8)]  # neither air nor pixels without photons
     soft_level, bone_level = np.percentile(tissue, [10, 99.3]).tolist() if tissue.size else (.5, 3.)
     low, high = soft_level*rng.uniform(.2, .5), bone_level*rng.uniform(.98, 1.1)
     densities = -np.log(np.maximum(np.arange(16384, dtype=np.float32), .5)/15000)

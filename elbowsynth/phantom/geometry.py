@@ -50,9 +50,10 @@ class Beam:
         return self.u*right+offset + self.v*down
 
     def plane_depth(self, f, c=0.):
-        "The depth t at which each ray crosses the plane f.q = c, and whether f.q grows along the ray"
+        "Depth t at which each ray crosses the plane f.q = c; whether f.q grows along the ray"
         slope = float(self.axes[2]@f)
-        slope = np.copysign(max(abs(slope), .01), slope).item()       # a plane parallel to the rays is tilted by half a degree
+        # a plane parallel to the rays is tilted by half a degree
+        slope = np.copysign(max(abs(slope), .01), slope).item()
         return self.project(-f/slope, -c/slope), slope>0
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #a36afa61
@@ -61,7 +62,7 @@ class Ellipsoid:
     "A solid ellipsoid"
     center:tuple # (x, y, z), mm
     semi_axes:tuple # Half the lengths of its axes, mm
-    rotation:np.ndarray=field(default_factory=lambda: np.eye(3)) # Columns: the directions of its axes
+    rotation:np.ndarray=field(default_factory=lambda: np.eye(3)) # Columns: directions of its axes
     cortex_scale:float=1. # Thickness of its cortex, relative to the bone's
 
     def inset(self, by):
@@ -87,7 +88,7 @@ class Ellipsoid:
 
     def ray_interval(self, beam):
         "Depths (h, w) at which each ray enters and leaves; equal where it misses"
-        to_ball = self.rotation/self.semi_axes                        # q@to_ball: coordinates of the unit ball
+        to_ball = self.rotation/self.semi_axes  # q@to_ball: coordinates of the unit ball
         axes = beam.axes@to_ball
         start = (beam.origin-self.center)@to_ball
         (uu, uv, ut), (_, vv, vt), (_, _, tt) = (axes@axes.T).tolist()
@@ -116,8 +117,8 @@ def clip_interval(
 @dataclass
 class Tube:
     "A tube along y with an elliptic, varying cross-section"
-    rows:np.ndarray # (n, 5), mm, rising y: y, half width in x, half depth in z, x and z of the section's center
-    cortex_scale:float=1. # Thickness of its cortex, relative to the bone's: a number, or one for each row
+    rows:np.ndarray # (n, 5), mm, by rising y: y, half width, half depth, x and z of the center
+    cortex_scale:float=1. # Cortex relative to the bone's, one number or one for each row
     inset_mm:float=0. # How far its surface lies inside `rows`
 
     def scaled(self, factor, about):
@@ -143,7 +144,7 @@ class Tube:
 
     @cached_property
     def table(self):
-        "(6, n) at every quarter of a millimeter: y, half axes, center, cortex scale; corners smoothed"
+        "(6, n) at each quarter of a millimeter: y, half axes, center, cortex scale; smoothed"
         y = np.arange(self.rows[0, 0], self.rows[-1, 0]+.25, .25)
         columns = [*self.rows[:, 1:].T, np.broadcast_to(self.cortex_scale, len(self.rows))]
         values = np.stack([np.interp(y, self.rows[:, 0], c) for c in columns])
@@ -178,7 +179,7 @@ class Tube:
         h = 1/(p*dx+q*dz)
         table = [h, (h/a/b)**2, x*dz-z*dx, h*(p*x+q*z), h*(p*dz-q*dx)/d]
         table = np.stack(table).astype(np.float32)
-        s = beam.project(np.array((-dy*dx/d, 1, -dy*dz/d)))           # height of the nearest section
+        s = beam.project(np.array((-dy*dx/d, 1, -dy*dz/d)))  # height of the nearest section
         e = beam.project(np.array((dz, 0, -dx)))                      # across the ray
         w = beam.project(np.array((dx/d, 0, dz/d)))                   # along the ray
         index = ((s-float(y[0]-.125))*4).astype(np.intp)
@@ -227,8 +228,8 @@ class Part:
     structure:str # `humerus`, `ulna`, `radius`, `muscle`, `skin`, `fat` or `fluid`
     bodies:list # Ellipsoids and tubes that it consists of
     holes:tuple=() # Bodies that are taken out
-    cut_planes:tuple=() # (point, normal, gap, jag): only the side to which the normal points is left
-    rotation:np.ndarray=field(default_factory=lambda: np.eye(3)) # Its pose: first rotated about the origin ...
+    cut_planes:tuple=() # (point, normal, gap, jag): keeps the side to which the normal points
+    rotation:np.ndarray=field(default_factory=lambda: np.eye(3)) # Pose: first rotated about 0 ...
     translation:np.ndarray=field(default_factory=lambda: np.zeros(3)) # ... then translated, mm
     cortex_thickness:float=0. # mm; 0 for a solid
 
@@ -316,7 +317,8 @@ def bounding_union(
     windows:list, # Pairs of slices
 )->tuple: # One pair of slices
     "The smallest window that holds several windows"
-    return tuple(slice(min(o.start for o in axis), max(o.stop for o in axis)) for axis in zip(*windows))
+    return tuple(slice(min(o.start for o in axis), max(o.stop for o in axis))
+                 for axis in zip(*windows))
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #3a0057d8
 def path_length(
@@ -333,7 +335,8 @@ def path_length(
     window = bounding_union([o[0] for o in solids] or [(slice(0, 0), slice(0, 0))])
     lengths = np.zeros((2, *(o.stop-o.start for o in window)), np.float32)
     for top in range(window[0].start, window[0].stop, strip):
-        def in_strip(bodies): return [o for o in bodies if o[0][0].start<top+strip and o[0][0].stop>top]
+        def in_strip(bodies):
+            return [o for o in bodies if o[0][0].start<top+strip and o[0][0].stop>top]
         solids_here, holes_here = in_strip(solids), in_strip(holes)
         if not solids_here: continue
         rows, cols = bounding_union([o[0] for o in solids_here])

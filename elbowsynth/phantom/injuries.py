@@ -33,9 +33,11 @@ def fracture(
     fixed, loose = whole.cut(point, normal, gap, jag)
     posed_point, posed_normal = whole.point(point), whole.rotation@normal
     def on_loose_side(key, part):
-        if part.structure!=whole.structure or key in (name, whole.structure) or not part.bodies: return False
+        if part.structure!=whole.structure or key in (name, whole.structure) or not part.bodies:
+            return False
         return (part.middle()-posed_point)@posed_normal<0
-    rest = {k: p.moved(rotation, translation, posed_point) if on_loose_side(k, p) else p for k,p in parts.items()}
+    rest = {k: p.moved(rotation, translation, posed_point) if on_loose_side(k, p) else p
+            for k,p in parts.items()}
     fragment = f'{whole.structure} {len(parts)}'
     return rest | {name: fixed, fragment: loose.moved(rotation, translation, posed_point)}
 
@@ -81,7 +83,8 @@ def supracondylar_fracture(arm, rng):
     sideways = rotation_matrix(2, (grade-1)*rng.uniform(-5, 5))
     twist = rotation_matrix(1, (grade==3)*rng.uniform(-20, 20))
     tilt = backwards@sideways@twist
-    normal = rotation_matrix(0, rng.uniform(2, 22))@rotation_matrix(2, rng.uniform(-12, 12))@[0, 1, 0]
+    pitch = rotation_matrix(0, rng.uniform(2, 22))
+    normal = pitch@rotation_matrix(2, rng.uniform(-12, 12))@[0, 1, 0]
     hinge = np.array([0, height, -14])
     shift = shift_by_grade[grade]
     gap = rng.uniform(.6, 1.6)
@@ -101,7 +104,8 @@ def distal_humerus_fracture(arm, rng):
     apart = (rng.uniform(2, 6), rng.uniform(-5, 0), rng.uniform(-1, 1))
     spread = rotation_matrix(2, rng.uniform(5, 14))
     normal = rotation_matrix(2, rng.uniform(-14, 14))@[-1, 0, 0]
-    return replace(arm, upper_arm=fracture(upper_arm, condyles, (0, 4, 0), normal, spread, apart, 1.5, 1.))
+    upper_arm = fracture(upper_arm, condyles, (0, 4, 0), normal, spread, apart, 1.5, 1.)
+    return replace(arm, upper_arm=upper_arm)
 
 # %% ../../nbs/1_phantom/12_injuries.ipynb #357a75fe
 def medial_epicondyle_displaced(arm, rng):
@@ -110,7 +114,7 @@ def medial_epicondyle_displaced(arm, rng):
     distance = rng.uniform(6, 14)/arm.scale
     shift = np.array([-.35, -.9, rng.uniform(-.2, .3)])*distance
     name = 'medial epicondyle'
-    if name not in arm.upper_arm:                                     # fused, or still cartilage, which takes a flake along
+    if name not in arm.upper_arm:  # fused, or still cartilage, which takes a flake along
         x = -23.5 if arm.age>12 else -19.5
         fractured = fracture(arm.upper_arm, 'humerus', (x, 13, -7), (1, -.05, 0), rotation, shift)
         return replace(arm, upper_arm=fractured)
@@ -141,7 +145,7 @@ def olecranon_fracture(arm, rng):
 
 # %% ../../nbs/1_phantom/12_injuries.ipynb #a2b8000b
 def radial_head_fracture(arm, rng):
-    "A wedge of the head sinks and tilts; in a child it is the growth center, with a corner of the shaft"
+    "A wedge of the head sinks and tilts; in a child, the growth center with a corner of the shaft"
     name = 'radial head' if 'radial head' in arm.forearm else 'radius'
     head, neck = arm.forearm[name].cut((13, -25, 0), (0, 1, 0), 0, 0)
     around = rotation_matrix(1, rng.choice([-1, 1])*rng.uniform(15, 60))   # where on the rim
@@ -159,13 +163,15 @@ def displace_radius(arm, rotation, translation):
     "Move the whole radius, about its head"
     forearm = {}
     for name,part in arm.forearm.items():
-        forearm[name] = part.moved(rotation, translation, (13, -17, 0)) if part.structure=='radius' else part
+        is_radius = part.structure=='radius'
+        forearm[name] = part.moved(rotation, translation, (13, -17, 0)) if is_radius else part
     return replace(arm, forearm=forearm)
 
 def radial_head_subluxation(arm, rng):
-    "The radius has slipped off the center of the capitellum; in practice such radiographs look normal"
+    "The radius has slipped off the capitellum a little; in practice such radiographs look normal"
     rotation = rotation_matrix(2, rng.uniform(0, 3))
-    return displace_radius(arm, rotation, (rng.uniform(1, 3), -rng.uniform(1, 2), rng.uniform(5, 7.5)))
+    translation = (rng.uniform(1, 3), -rng.uniform(1, 2), rng.uniform(5, 7.5))
+    return displace_radius(arm, rotation, translation)
 
 # %% ../../nbs/1_phantom/12_injuries.ipynb #a2b8000e
 def proximal_ulnar_metaphysis_fracture(arm, rng):
@@ -180,7 +186,8 @@ def proximal_ulnar_metaphysis_fracture(arm, rng):
     normal = rotation_matrix(0, rng.uniform(-25, 25))@[0, 1, 0]
     rotation = rotation_matrix(0, -bow)@rotation_matrix(2, rng.uniform(-3, 6))
     gap, jag = (.1, .3) if buckled else (rng.uniform(.8, 1.6), 1.)
-    forearm = fracture(arm.forearm, 'ulna', (-7, height, -12), normal, rotation, (0, -.5, .1*bow), gap, jag)
+    forearm = fracture(arm.forearm, 'ulna', (-7, height, -12), normal, rotation, (0, -.5, .1*bow),
+                       gap, jag)
     arm = replace(arm, forearm=forearm)
     return displace_radius(arm, rotation_matrix(0, -.6*bow), (2, 3, .6*bow)) if bow>13 else arm
 
@@ -213,21 +220,25 @@ def dislocate(
     depth = rng.uniform(20, 27) if anterior else -rng.uniform(24, 32)
     tilt = rotation_matrix(2, rng.uniform(-8, 10))
     extension = rotation_matrix(0, rng.uniform(8, 24)*(0 if anterior else 1))
-    return add_joint_swelling(arm.move_forearm(tilt@extension, np.array([sideways, upwards, depth])))
+    translation = np.array([sideways, upwards, depth])
+    return add_joint_swelling(arm.move_forearm(tilt@extension, translation))
 
 def elbow_dislocation_anterior(arm, rng): return dislocate(arm, rng, True)
 def elbow_dislocation_posterior(arm, rng): return dislocate(arm, rng, False)
 
 # %% ../../nbs/1_phantom/12_injuries.ipynb #5d0931fa
 def joint_effusion(arm, rng):
-    "Fluid fills the capsule and lifts the fat pads: a sail sign in front of the humerus, a crescent behind it"
+    "Fluid fills the capsule and lifts the fat pads: a sail sign in front, a crescent behind"
     amount = rng.uniform(.8, 1.3)
     lifted = 1+3.4*amount
     sail = [Ellipsoid((-2, 29, lifted), (13, 12, 2.6), rotation_matrix(0, -rng.uniform(18, 26))),
             Ellipsoid((-2, 25, lifted), (12, 8, 2.6), rotation_matrix(0, -42))]
-    crescent = Ellipsoid((-2, 29, -18-2*amount), (12, 11, 2.4), rotation_matrix(0, rng.uniform(2, 10)))
-    fluid = [Ellipsoid((-2, 12, 0), (22, 18, 12+3*amount)), Ellipsoid((-2, 24, -14), (15, 14, 5+2.5*amount))]
-    changed = {'front pad': Part('fat', sail), 'back pad': Part('fat', [crescent]), 'fluid': Part('fluid', fluid)}
+    crescent = Ellipsoid((-2, 29, -18-2*amount), (12, 11, 2.4),
+                         rotation_matrix(0, rng.uniform(2, 10)))
+    fluid = [Ellipsoid((-2, 12, 0), (22, 18, 12+3*amount)),
+             Ellipsoid((-2, 24, -14), (15, 14, 5+2.5*amount))]
+    changed = {'front pad': Part('fat', sail), 'back pad': Part('fat', [crescent]),
+               'fluid': Part('fluid', fluid)}
     return replace(arm, upper_arm=arm.upper_arm | changed)
 
 # %% ../../nbs/1_phantom/12_injuries.ipynb #a2b80014
@@ -239,7 +250,8 @@ def soft_tissue_swelling(arm, rng):
         others = [o.inset(-mm) for o in part.bodies[1:]]
         return replace(bulged, bodies=[bulged.bodies[0], *others])
     def widen_layers(parts):
-        return parts | {'skin': widen(parts['skin'], thickness), 'muscle': widen(parts['muscle'], thickness+2)}
+        return parts | {'skin': widen(parts['skin'], thickness),
+                        'muscle': widen(parts['muscle'], thickness+2)}
     return replace(arm, upper_arm=widen_layers(arm.upper_arm), forearm=widen_layers(arm.forearm))
 
 # %% ../../nbs/1_phantom/12_injuries.ipynb #d6ef85ad

@@ -18,7 +18,8 @@ from ..data.annotations import hand_drawn_ellipse
 from ..data.classes import PATHOLOGIES, region_of, REGIONS, SIDES, VIEWS
 from ..data.images import write_png
 from ..paper import TABLE3
-from .anatomy import pose_arm, posed_landmarks, radiographic_measurements, sample_arm
+from .anatomy import (
+    pose_arm, posed_landmarks, radiographic_measurements, sample_arm)
 from .artifacts import (
     burn_in_annotations, collimate, free_position, pad_border, sample_borders, side_marker)
 from .exposure import (
@@ -26,7 +27,7 @@ from .exposure import (
 from .geometry import Part, rotation_matrix
 from .injuries import apply_injuries
 
-# %% ../../nbs/1_phantom/15_phantom.ipynb #7b25fe77
+# %% ../../nbs/1_phantom/15_phantom.ipynb #7b4dd8bc
 @dataclass
 class Radiograph:
     "An image as it arrives, and what was done to it"
@@ -36,6 +37,7 @@ class Radiograph:
     overlay:np.ndarray # (h, h) bool: burned-in annotations, without the side marker
     marker:tuple # Box of the side marker
 
+# %% ../../nbs/1_phantom/15_phantom.ipynb #7b25fe77
 def acquire(
     bone:np.ndarray, # (h, h) mm
     soft:np.ndarray, # (h, h) mm
@@ -73,10 +75,11 @@ def acquire(
     if inverted and invert_padding: image = 255-image
 
     overlay, colored = np.zeros(image.shape, bool), 'colored overlay' in artifacts
-    if colored or 'overlay' in artifacts: image, overlay = burn_in_annotations(image, colored, inverted, rng)
+    if colored or 'overlay' in artifacts:
+        image, overlay = burn_in_annotations(image, colored, inverted, rng)
     return Radiograph(image, box, inverted, overlay, (y-half, x-half, y+half+1, x+half+1))
 
-# %% ../../nbs/1_phantom/15_phantom.ipynb #2e82fba2
+# %% ../../nbs/1_phantom/15_phantom.ipynb #e5b27782
 def ellipse_mask(center, axis, half_width, size, rng):
     "A filled hand-drawn ellipse: `axis` runs from the center to its end, all in pixels"
     length = np.hypot(*axis)
@@ -86,6 +89,7 @@ def ellipse_mask(center, axis, half_width, size, rng):
     canvas = np.zeros((size, size), np.uint8)
     return cv2.fillPoly(canvas, [np.round(outline).astype(np.int32)], 1).astype(bool)
 
+# %% ../../nbs/1_phantom/15_phantom.ipynb #2e82fba2
 def region_mask(
     region:str, # A key of `REGIONS`
     projection:Projection,
@@ -95,7 +99,8 @@ def region_mask(
 )->np.ndarray: # (size, size) bool
     "A hand-drawn mask of a region of the arm"
     points = ((0, 0, 0), (0, 100, -9), distal_forearm)
-    joint, upper, lower = (np.array(projection.pixel(q, size)) for q in points)
+    pixels = [np.array(projection.pixel(q, size)) for q in points]
+    joint, upper, lower = pixels
     up, down = upper-joint, lower-joint
     px_per_mm = size/projection.width
     if region=='joint': return ellipse_mask(joint, .52*up, 50*px_per_mm, size, rng)
@@ -105,7 +110,9 @@ def region_mask(
     return upper_mask | ellipse_mask(joint+.36*down, .66*down, 54*px_per_mm, size, rng)
 
 # %% ../../nbs/1_phantom/15_phantom.ipynb #fedc8601
-ARTIFACTS = ['collimation', 'padding', 'inversion', 'neighbor', 'cast', 'overlay', 'colored overlay'] # What may be requested
+# What may be requested
+ARTIFACTS = ['collimation', 'padding', 'inversion', 'neighbor', 'cast', 'overlay',
+             'colored overlay']
 
 @dataclass
 class Phantom:
@@ -132,11 +139,14 @@ def validate_request(
     "Refuse a radiograph that cannot exist"
     for p in pathologies: region_of(p)                                # raises if it is not a class
     if view not in VIEWS or side not in SIDES: raise ValueError(
-        f'view {view!r}, side {side!r}: expected a view of {", ".join(VIEWS)} and a side of {", ".join(SIDES)}')
+        f'view {view!r}, side {side!r}: expected a view of {", ".join(VIEWS)} '
+        f'and a side of {", ".join(SIDES)}')
     if not pathologies or 'normal' in pathologies and len(pathologies)>1: raise ValueError(
         f'a radiograph is normal or has pathologies, got {pathologies}')
     unknown = set(artifacts)-set(ARTIFACTS)
-    if unknown: raise ValueError(f'unknown artifacts {sorted(unknown)}; expected some of {", ".join(ARTIFACTS)}')
+    if unknown:
+        known = ', '.join(ARTIFACTS)
+        raise ValueError(f'unknown artifacts {sorted(unknown)}; expected some of {known}')
 
 # %% ../../nbs/1_phantom/15_phantom.ipynb #e66d39c1
 def phantom(
@@ -146,7 +156,7 @@ def phantom(
     age:float=30, # Years
     seed:int=0, # The patient: anatomy and severity are the same in both views
     size:int=256, # Side of the image in pixels
-    artifacts:list[str]=(), # Some of `ARTIFACTS`; brightness, flexion, soft tissue and the side marker vary anyway
+    artifacts:list[str]=(), # Some of `ARTIFACTS`
     region:str='', # Region of the mask of a normal image; chosen by the seed if empty
 )->Phantom: # The same for the same arguments
     "A simulated radiograph of an elbow"
@@ -163,7 +173,8 @@ def phantom(
     parts = pose_arm(arm, projection.flexion)
     maps = thickness_maps(parts, projection, size, rng_of(1), artifacts)
     bone, soft, labels = (flip(o) for o in maps)
-    radiograph = acquire(bone, soft, projection, side, rng_of(2), arm.scale, artifacts, content_box, field)
+    radiograph = acquire(bone, soft, projection, side, rng_of(2), arm.scale, artifacts, content_box,
+                         field)
 
     bend = rotation_matrix(0, -projection.flexion)@rotation_matrix(2, arm.carrying_angle)
     forearm = Part('', []).moved(bend).moved(arm.rotation, arm.translation)
@@ -171,11 +182,13 @@ def phantom(
     for p in pathologies:
         mask_region = region_of(p) or region or list(REGIONS)[(seed+2*view_index)%4]
         rng = rng_of(3, PATHOLOGIES.index(p))
-        masks[p] = flip(region_mask(mask_region, projection, forearm.point((0, -100, -6)), size, rng))
+        distal_forearm = forearm.point((0, -100, -6))
+        masks[p] = flip(region_mask(mask_region, projection, distal_forearm, size, rng))
     top, left, bottom, right = radiograph.field
     for m in masks.values(): m[:top] = m[bottom:] = m[:, :left] = m[:, right:] = False
 
-    landmarks = {k: projection.pixel(q, size) for k,q in posed_landmarks(arm, projection.flexion).items()}
+    landmarks = {k: projection.pixel(q, size)
+                 for k,q in posed_landmarks(arm, projection.flexion).items()}
     if side=='R': landmarks = {k: (size-x, y) for k,(x,y) in landmarks.items()}
     px_per_mm = size/projection.width/arm.scale
     return Phantom(
@@ -185,8 +198,8 @@ def phantom(
         artifacts=[a for a in ARTIFACTS if a in artifacts], **vars(radiograph))
 
 # %% ../../nbs/1_phantom/15_phantom.ipynb #b573a0ea
-ARTIFACT_PREVALENCE = {'collimation': .5, 'padding': .25, 'inversion': .12, 'neighbor': .08, 'cast': .05,
-                       'overlay': .25, 'colored overlay': .06}
+ARTIFACT_PREVALENCE = {'collimation': .5, 'padding': .25, 'inversion': .12, 'neighbor': .08,
+                       'cast': .05, 'overlay': .25, 'colored overlay': .06}
 
 def sample_artifacts(
     seed, # Of an image: a number, or several
@@ -194,7 +207,8 @@ def sample_artifacts(
 )->list[str]: # Some of `ARTIFACTS`
     "A realistic mix of artifacts"
     values = np.random.default_rng([*np.atleast_1d(seed), 6]).random(len(ARTIFACT_PREVALENCE))
-    return [a for (a,prevalence),v in zip(ARTIFACT_PREVALENCE.items(), values) if v<amount*prevalence]
+    return [a for (a,prevalence),v in zip(ARTIFACT_PREVALENCE.items(), values)
+            if v<amount*prevalence]
 
 # %% ../../nbs/1_phantom/15_phantom.ipynb #9797c3f5
 def sample_diagnoses(
@@ -203,7 +217,8 @@ def sample_diagnoses(
 )->list[list[str]]: # Pathologies of each patient
     "Pathologies of patients, in the proportions of Table 3; from 14 patients on every class occurs"
     target = {p: sum(c)/2783*n_patients for p,c in TABLE3.items()}
-    additional = {'joint effusion': round(n_patients*155/2783), 'soft tissue swelling': round(n_patients*79/2783)}
+    additional = {'joint effusion': round(n_patients*155/2783),
+                  'soft tissue swelling': round(n_patients*79/2783)}
     count = {p: int(n_patients>=len(TABLE3)) for p in TABLE3}
     while sum(count.values())<n_patients:
         lag = {p: target[p]-additional.get(p, 0)-count[p] for p in target}
@@ -224,11 +239,13 @@ def prepare_folder(
     "Keep in `out` only images made with `params`, and record these in `phantom_config.json`"
     config = out/'phantom_config.json'
     if not config.exists() and (out/'labels.csv').exists(): raise FileExistsError(
-        f'{out} has a labels.csv that the phantom did not write (no phantom_config.json); choose another folder')
+        f'{out} has a labels.csv that the phantom did not write (no phantom_config.json); '
+        'choose another folder')
     if config.exists() and json.loads(config.read_text())==params: return
     patterns = ('P*_*.png', 'masks/P*_*__*.png', 'bones/P*_*.png')
     outdated = [p for pattern in patterns for p in out.glob(pattern)]
-    for p in [out/'labels.csv', out/'ground_truth.jsonl', config, *outdated]: p.unlink(missing_ok=True)
+    for p in [out/'labels.csv', out/'ground_truth.jsonl', config, *outdated]:
+        p.unlink(missing_ok=True)
     save_json(config, params)
 
 # %% ../../nbs/1_phantom/15_phantom.ipynb #b263c63a
@@ -246,8 +263,9 @@ def phantom_dataset_plan(
         for k,view in enumerate(VIEWS):
             region = list(REGIONS)[(n_normal+2*k)%4]
             images.append({
-                'name': f'P{i+1:04d}_{view}', 'view': view, 'pathologies': pathologies, 'side': side, 'age': age,
-                'seed': seed*100_000+i, 'artifacts': sample_artifacts([seed, i, k], artifacts), 'region': region})
+                'name': f'P{i+1:04d}_{view}', 'view': view, 'pathologies': pathologies,
+                'side': side, 'age': age, 'seed': seed*100_000+i, 'region': region,
+                'artifacts': sample_artifacts([seed, i, k], artifacts)})
         n_normal += pathologies==['normal']
     return images
 
@@ -263,7 +281,8 @@ def read_ground_truth(
         except json.JSONDecodeError: continue
         known[record['file']] = record
     if order is not None: known = {k: known[k] for k in order}
-    with atomic_write(path) as part: part.write_text(''.join(json.dumps(t)+'\n' for t in known.values()))
+    with atomic_write(path) as part:
+        part.write_text(''.join(json.dumps(t)+'\n' for t in known.values()))
     return known
 
 # %% ../../nbs/1_phantom/15_phantom.ipynb #2bab6998
@@ -281,14 +300,16 @@ def write_phantom(
     write_png(out/'bones'/f'{name}.png', made.bones)
     write_png(out/f'{name}.png', made.image if made.image.ndim==2 else made.image[..., ::-1])
     arrays = ('image', 'masks', 'bones', 'overlay')
-    return round_floats({'file': f'{name}.png'} | {k: v for k,v in vars(made).items() if k not in arrays})
+    return round_floats({'file': f'{name}.png'}
+                        | {k: v for k,v in vars(made).items() if k not in arrays})
 
-# %% ../../nbs/1_phantom/15_phantom.ipynb #e5a10004
+# %% ../../nbs/1_phantom/15_phantom.ipynb #d6bde0e8
 def code_hash()->str: # Sixteen hexadecimal digits
     "A hash of simulated images, which changes when the code changes them"
     images = [phantom('LAT', [p], size=32, artifacts=ARTIFACTS).image for p in PATHOLOGIES]
     return hashlib.sha256(b''.join(o.tobytes() for o in images)).hexdigest()[:16]
 
+# %% ../../nbs/1_phantom/15_phantom.ipynb #e5a10004
 def write_phantom_dataset(
     out:Path, # Folder of the data set
     n_patients:int=1392, # Two images each: as many as the paper has
@@ -299,19 +320,24 @@ def write_phantom_dataset(
 )->pd.DataFrame: # The labels table: a row for each image and pathology
     "Write a data set: images, masks, ground truth, and last of all `labels.csv`"
     out, images = Path(out), phantom_dataset_plan(n_patients, seed, artifacts)
-    prepare_folder(out, {'n_patients': n_patients, 'size': size, 'seed': seed, 'artifacts': artifacts, 'code_hash': code_hash()})
+    prepare_folder(out, {'n_patients': n_patients, 'size': size, 'seed': seed,
+                         'artifacts': artifacts, 'code_hash': code_hash()})
     known = read_ground_truth(out/'ground_truth.jsonl')
     def is_complete(i):
-        files = [f'{i["name"]}.png', f'bones/{i["name"]}.png', *(mask_name(i['name'], p) for p in i['pathologies'])]
+        files = [f'{i["name"]}.png', f'bones/{i["name"]}.png',
+                 *(mask_name(i['name'], p) for p in i['pathologies'])]
         return f'{i["name"]}.png' in known and all((out/f).exists() for f in files)
     missing = [i for i in images if not is_complete(i)]
     def write(i): return write_phantom(out, size, **i)
     with open(out/'ground_truth.jsonl', 'a') as file:
-        for record in progress(parallel_map(write, missing), 'Simulated images', total=len(missing), max_minutes=max_minutes):
+        for record in progress(parallel_map(write, missing), 'Simulated images', total=len(missing),
+                               max_minutes=max_minutes):
             file.write(json.dumps(record)+'\n')
     read_ground_truth(out/'ground_truth.jsonl', [f'{i["name"]}.png' for i in images])
-    rows = [(f'{i["name"]}.png', i['name'].split('_')[0], i['view'], i['side'], p, mask_name(i['name'], p), i['age'])
+    rows = [(f'{i["name"]}.png', i['name'].split('_')[0], i['view'], i['side'], p,
+             mask_name(i['name'], p), i['age'])
             for i in images for p in i['pathologies']]
-    table = pd.DataFrame(rows, columns=['file', 'patient', 'view', 'side', 'pathology', 'mask', 'age'])
+    columns = ['file', 'patient', 'view', 'side', 'pathology', 'mask', 'age']
+    table = pd.DataFrame(rows, columns=columns)
     with atomic_write(out/'labels.csv') as part: table.to_csv(part, index=False)
     return table

@@ -215,11 +215,9 @@ def first_is_best(
     text = f'epoch {peak} of {", ".join(map(str, curve.epoch))}'
     return text, peak==curve.epoch.min() if len(curve)>1 else None
 
-# %% ../../nbs/6_report/83_claims.ipynb #f3439fb0
-def diffusion_claims(
-    results:RunResults,
-)->list[dict]: # Rows as returned by `RunResults.claim_row`
-    "The paper's claims about the diffusion models"
+# %% ../../nbs/6_report/83_claims.ipynb #c2d6b3c9
+def _similarity_claims(results):
+    "Claims that compare the similarity of SDXL and FLUX"
     both = ['sdxl', 'flux']
     full_ssim = {MODEL_NAMES[m]: results.selected_score(m, 'ssim') for m in both}
     inside_ssim = {MODEL_NAMES[m]: results.region_ssim(m, 'inside') for m in both}
@@ -230,14 +228,6 @@ def diffusion_claims(
     boundary_ssim = {MODEL_NAMES[m]: results.region_ssim(m, 'boundary', 'raw') for m in both}
     increases = {MODEL_NAMES[m]: monotonicity(results.curve(m, trained_only=True).ssim)
                  for m in both}
-    peak_text, peak_is_first = first_is_best(results.curve('sdxl', trained_only=True))
-    boost = {}
-    for model in both:
-        checkpoints = results.curve(model, include_boosted=True)
-        last_main_epoch = results.last_main_epoch(model)
-        boost[MODEL_NAMES[model]] = boost_change(checkpoints, 'ssim', last_main_epoch)
-    diversity = {c: results.set_metric_curve('flux', c) for c in ('recall', 'coverage', 'vendi')}
-    changes = [f'{c} from {v[0]:.3f} to {v[-1]:.3f}' for c, v in diversity.items() if v]
     return [
         results.claim_row(
             'FLUX above SDXL', paper_section='Sections 1.1, 5',
@@ -261,7 +251,20 @@ def diffusion_claims(
             deciding_statistic='SSIM along the mask boundary of the images before compositing, '
                                'paired by image',
             result=format_scores(boundary_ssim),
-            direction=ordering_holds(boundary_ssim.values()), models=both),
+            direction=ordering_holds(boundary_ssim.values()), models=both)]
+
+# %% ../../nbs/6_report/83_claims.ipynb #86830071
+def _training_claims(results):
+    "Claims about the course of the trainings of SDXL and FLUX"
+    peak_text, peak_is_first = first_is_best(results.curve('sdxl', trained_only=True))
+    boost = {}
+    for model in ('sdxl', 'flux'):
+        checkpoints = results.curve(model, include_boosted=True)
+        last_main_epoch = results.last_main_epoch(model)
+        boost[MODEL_NAMES[model]] = boost_change(checkpoints, 'ssim', last_main_epoch)
+    diversity = {c: results.set_metric_curve('flux', c) for c in ('recall', 'coverage', 'vendi')}
+    changes = [f'{c} from {v[0]:.3f} to {v[-1]:.3f}' for c, v in diversity.items() if v]
+    return [
         results.claim_row(
             'SDXL is best at its first checkpoint', paper_section='Section 4.2',
             deciding_statistic='epoch of the best SSIM, with a bootstrap over patients',
@@ -279,6 +282,13 @@ def diffusion_claims(
                                'unbiased MMD² that no longer decreases',
             result=', '.join(changes) or 'no measure of diversity in this run',
             direction=None, models=['flux'])]
+
+# %% ../../nbs/6_report/83_claims.ipynb #f3439fb0
+def diffusion_claims(
+    results:RunResults,
+)->list[dict]: # Rows as returned by `RunResults.claim_row`
+    "The paper's claims about the diffusion models"
+    return _similarity_claims(results)+_training_claims(results)
 
 # %% ../../nbs/6_report/83_claims.ipynb #02b3c22b
 def comparison_claims(

@@ -311,11 +311,12 @@ def comparison_panels(
         for ax in same_metric: ax.set_ylim(bottom, top)
     return legend
 
-# %% ../../nbs/6_report/81_figures.ipynb #7f9b2e78
+# %% ../../nbs/6_report/81_figures.ipynb #ff98a544
 def _legend_order(label):
     "The curves first, those of noise after each, other marks last"
     return label[:4] not in ('SSIM', 'MS-S', 'MMD²'), 'of noise' in label
 
+# %% ../../nbs/6_report/81_figures.ipynb #7f9b2e78
 def plot_model_comparison(
     summary:pd.DataFrame, # As in `summary.csv`: model, source, epoch and scores
     models:list[str], # Two models
@@ -405,7 +406,7 @@ def score_panel(
     ax.set_ylim(len(rows)-.4, -.6)
     ax.grid(axis='y', visible=False)
 
-# %% ../../nbs/6_report/81_figures.ipynb #f987d164
+# %% ../../nbs/6_report/81_figures.ipynb #6bd443b2
 def _task_panels(run_ax, paper_ax, best, metric, name, task):
     "Scores of the models of one task: this run in one panel, the paper in the other"
     is_mmd = metric.startswith('mmd')
@@ -425,6 +426,7 @@ def _task_panels(run_ax, paper_ax, best, metric, name, task):
         ax.set_xlabel('← lower is better' if is_mmd else 'higher is better →', fontsize=7)
     paper_ax.set_facecolor('#f6f3ea')
 
+# %% ../../nbs/6_report/81_figures.ipynb #f987d164
 def table1_figure(
     best:pd.DataFrame, # As in `best_checkpoints.csv`
 ):

@@ -79,7 +79,7 @@ def small_base_models(
     "The models that were fine-tuned from a small base model"
     return [m for m in models if 'tiny' in str(values.get(m, {}).get('base_model', '')).lower()]
 
-# %% ../../nbs/6_report/80_run_summary.ipynb #04cd7633
+# %% ../../nbs/6_report/80_run_summary.ipynb #9f4275bc
 PLACE_PARAMETERS = ('run', 'data', 'device', 'max_minutes')  # Where and for how long, not what
 
 def short_value(
@@ -99,6 +99,7 @@ def stage_defaults(
         options = {name: getattr(CONFIGS[stage.name], name) for name in options}
     return {k: v for k, v in stage.defaults.items() if k!='options'} | options
 
+# %% ../../nbs/6_report/80_run_summary.ipynb #04cd7633
 def changed_values(
     values:dict[str,dict], # As returned by `stage_values`
 )->pd.DataFrame: # stage, parameter, notebook's default, this run
@@ -238,7 +239,7 @@ def training_seed(
         if 'seed' in config: return config['seed']
     return None
 
-# %% ../../nbs/6_report/80_run_summary.ipynb #9a4bbfbf
+# %% ../../nbs/6_report/80_run_summary.ipynb #1be781ec
 def _check_same_scoring(runs, infos):
     "Refuse runs that were scored on other images or in another way"
     for key in ('images_hash', 'size', 'extractor', 'resize'):
@@ -247,6 +248,7 @@ def _check_same_scoring(runs, infos):
         raise ValueError(f'runs {names} differ in {key} of metrics.json; expected the same images '
                          'and scoring; fix: score all runs alike, or leave one out of `runs`')
 
+# %% ../../nbs/6_report/80_run_summary.ipynb #9a4bbfbf
 def seed_table(
     runs:list[Path], # Folders of runs on the same images
     metrics:str='metrics', # Folder of the scores in each
@@ -299,7 +301,7 @@ def ranking_text(
     if lines: return '\n'.join(lines)
     return f'**The order of the models in these tables is no ranking**: {reason}.'
 
-# %% ../../nbs/6_report/80_run_summary.ipynb #a44becae
+# %% ../../nbs/6_report/80_run_summary.ipynb #8bbb9e8c
 def coverage_text(
     n_pairs:pd.Series, # Scored pairs of each checkpoint of a model
     n_test:int, # Test pairs
@@ -314,6 +316,7 @@ def coverage_text(
         text += f'The checkpoints differ in the number of pairs ({n_pairs.min()} to {n}). '
     return text
 
+# %% ../../nbs/6_report/80_run_summary.ipynb #a44becae
 def model_summary_text(
     model:str, # Folder of the model
     summary:pd.DataFrame, # As in `summary.csv`

@@ -48,7 +48,7 @@ def as_markdown(
     rows = [list(table.columns), ['---']*len(table.columns), *table.itertuples(index=False)]
     return '\n'.join('| '+' | '.join(format_cell(v) for v in row)+' |' for row in rows)
 
-# %% ../../nbs/6_report/82_tables.ipynb #a9135776
+# %% ../../nbs/6_report/82_tables.ipynb #383eee28
 def first_of_type(
     modules:list, # Modules in order
     types, # A type, or several
@@ -56,6 +56,7 @@ def first_of_type(
     "The first module of a type, or None"
     return next((m for m in modules if isinstance(m, types)), None)
 
+# %% ../../nbs/6_report/82_tables.ipynb #a9135776
 def layer_description(
     layer:nn.Module, # A block with one convolution or linear layer
     output_shape:tuple, # Of its output, without the batch
@@ -271,7 +272,7 @@ PROFILES = {
     'demo.patients': 60,
     'finetuning_effect.minutes': 'under an hour'}
 
-# %% ../../nbs/6_report/82_tables.ipynb #9a56ddd3
+# %% ../../nbs/6_report/82_tables.ipynb #eb26e2dd
 def score_values(
     best:pd.DataFrame, # As in `best_checkpoints.csv`
 )->dict: # METRIC.MODEL.score, .noise_score, .noise_improvement and .epoch
@@ -292,6 +293,7 @@ def score_values(
             out[f'{name}.epoch'] = row['epoch']
     return out
 
+# %% ../../nbs/6_report/82_tables.ipynb #9a56ddd3
 def paper_values(
 )->dict: # paper.FACT, paper.curve.MODEL, paper.METRIC.MODEL.score and .noise_improvement
     "The paper's numbers by name"
@@ -330,7 +332,7 @@ def run_values(
     out |= score_values(tables['best_checkpoints']) | PROFILES | paper_values()
     return {name: str(value) for name, value in out.items()}
 
-# %% ../../nbs/6_report/82_tables.ipynb #d51dae24
+# %% ../../nbs/6_report/82_tables.ipynb #b32d3a46
 def best_model_text(
     best:pd.DataFrame, # As in `best_checkpoints.csv`
     metric:str, # ssim, ms_ssim or mmd2
@@ -346,6 +348,7 @@ def best_model_text(
     if others: coverage += f'; {", ".join(others)}'
     return f'{MODEL_NAMES.get(top.model, top.model)} ({coverage})'
 
+# %% ../../nbs/6_report/82_tables.ipynb #d51dae24
 def table2(
     best:pd.DataFrame, # As in `best_checkpoints.csv`
 )->pd.DataFrame: # Number, experiment, outcome in the paper and here
@@ -439,7 +442,7 @@ def model_cards(
         cards.append('##'+text.strip())
     return '\n\n'.join(cards)
 
-# %% ../../nbs/6_report/82_tables.ipynb #f088a5cf
+# %% ../../nbs/6_report/82_tables.ipynb #e3fa7e30
 def figure_captions(
 )->dict[str,str]: # File of a figure, without suffix, to its caption
     "Captions of all figures of a run"
@@ -465,6 +468,7 @@ def figure_captions(
                                     'original outside the mask')
     return captions
 
+# %% ../../nbs/6_report/82_tables.ipynb #f088a5cf
 def figure_text(
     results:Path, # Folder written by `collect_results`
     name:str, # File of a figure, without suffix
@@ -548,7 +552,7 @@ def round_cells(
     return table.map(lambda v: round_floats(v, digits) if isinstance(v, float)
                      and not pd.isna(v) else v)
 
-# %% ../../nbs/6_report/82_tables.ipynb #58da5d4d
+# %% ../../nbs/6_report/82_tables.ipynb #1ec2a35c
 MAIN_TABLES = ('scores', 'summary', 'best_checkpoints', 'checkpoint_selection')
 ADDITIONAL_TABLES = {'mask_regions': 'Inside the mask, at its boundary, and outside',
                      'baselines': 'Baselines: scores without a trained model',
@@ -561,6 +565,8 @@ ADDITIONAL_TABLES = {'mask_regions': 'Inside the mask, at its boundary, and outs
                                            'patients',
                      'set_metrics': 'Distances, fidelity and diversity of sets of images',
                      'upsampling': 'Upsampling methods for small images'}
+
+# %% ../../nbs/6_report/82_tables.ipynb #83365745
 # Rows of long tables that a page shows
 ROW_FILTERS = {'fidelity_diversity': "source!='raw'", 'significance_tests': "metric=='ssim'",
                'mmd_intervals': "convention=='median'"}
@@ -568,6 +574,7 @@ LAYOUTS = {'subgroups': subgroup_table, 'set_metrics': set_metrics_table,
            'confidence_intervals': interval_table,
            'fidelity_diversity': diversity_table}
 
+# %% ../../nbs/6_report/82_tables.ipynb #87519e8d
 def constant_metadata(
     table:pd.DataFrame, # Any table
 )->dict: # Column to value
@@ -576,6 +583,7 @@ def constant_metadata(
     return {c: table[c].iloc[0]
             for c in columns if table[c].nunique(dropna=False)==1 and pd.notna(table[c].iloc[0])}
 
+# %% ../../nbs/6_report/82_tables.ipynb #58da5d4d
 def additional_table(
     name:str, # Of a table of scores
     table:pd.DataFrame, # Its rows
@@ -601,7 +609,7 @@ def additional_table(
     return '\n\n'.join([f'### {ADDITIONAL_TABLES.get(name, name)}', notes,
                         as_markdown(round_cells(table, 4).head(max_rows))])
 
-# %% ../../nbs/6_report/82_tables.ipynb #2cb2587d
+# %% ../../nbs/6_report/82_tables.ipynb #e515c359
 SIDE_EXPERIMENTS = {
     'finetuning_effect': ('effects.csv', {
         'effects': 'Error, similarity inside the mask and lesion coefficient during fine-tuning: '
@@ -612,6 +620,7 @@ SIDE_EXPERIMENTS = {
         'ablation': 'Lesion coefficient and error inside the mask for each setting, a dot for each '
                     'seed'})}
 
+# %% ../../nbs/6_report/82_tables.ipynb #2cb2587d
 def side_experiment(
     results:Path, # Folder of results
     name:str, # Folder of the experiment
@@ -630,7 +639,7 @@ def side_experiment(
         parts.append(f'![{caption}](results/{name}/{file}.png){{#{label} fig-alt="{caption}"}}')
     return '\n\n'.join(parts)
 
-# %% ../../nbs/6_report/82_tables.ipynb #7f929aa9
+# %% ../../nbs/6_report/82_tables.ipynb #47d3d4ea
 def additional_tables_text(
     tables:dict[str,pd.DataFrame], # As returned by `read_results`
     last_main_epochs:dict[str,int], # Model to its last epoch before the boosted learning rate
@@ -642,6 +651,7 @@ def additional_tables_text(
     texts = [additional_table(name, tables[name], last_main_epochs) for name in names]
     return '\n\n'.join(texts) or '*This run was scored without further tables.*'
 
+# %% ../../nbs/6_report/82_tables.ipynb #7f929aa9
 def run_tables(
     results:Path, # Folder written by `collect_results`
 )->dict[str,str]: # Name to Markdown
