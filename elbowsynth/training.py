@@ -156,6 +156,20 @@ def _rng_states(generator):
         for i,state in enumerate(torch.cuda.get_rng_state_all()): states[f'rng/cuda:{i}'] = state
     return states
 
+# %% ../nbs/0_core/04_training.ipynb #6f3dffc5
+def _state_tensors(modules, optimizers):
+    "Tensors of networks and optimizers by name, and the optimizers' other values"
+    tensors, others = {}, {}
+    for name,module in modules.items():
+        for key,tensor in module.state_dict().items(): tensors[f'{name}/{key}'] = tensor
+    for name,optimizer in optimizers.items():
+        for i,values in optimizer.state_dict()['state'].items():
+            others[f'{name}/{i}'] = {}
+            for key,value in values.items():
+                if isinstance(value, torch.Tensor): tensors[f'{name}/{i}/{key}'] = value
+                else: others[f'{name}/{i}'][key] = value
+    return tensors, others
+
 # %% ../nbs/0_core/04_training.ipynb #4e810a4e
 def save_checkpoint(
     path:Path, # File to write
@@ -166,16 +180,8 @@ def save_checkpoint(
     **state, # Numbers and text, such as step and epoch
 ):
     "Write all that a run needs to resume bit-identically"
-    tensors = {}
-    for name,module in modules.items():
-        for key,tensor in module.state_dict().items(): tensors[f'{name}/{key}'] = tensor
-    for name,optimizer in optimizers.items():
-        for i,values in optimizer.state_dict()['state'].items():
-            others = {}
-            for key,value in values.items():
-                if isinstance(value, torch.Tensor): tensors[f'{name}/{i}/{key}'] = value
-                else: others[key] = value
-            state[f'{name}/{i}'] = others
+    tensors, other_values = _state_tensors(modules, optimizers)
+    state |= other_values
     tensors |= _rng_states(generator)
     contiguous = {}
     for key,tensor in tensors.items():

@@ -7,8 +7,8 @@ from skimage.draw import polygon2mask
 from elbowsynth.paper import TABLE3
 from elbowsynth.data import labels
 from elbowsynth.data.annotations import (
-    box_polygon, decode_rle, ellipse_polygon, merge_masks, polygon_mask, rasterize_masks, read_coco,
-    read_label_mask, read_labelme, read_shapes, read_via, read_yolo, rle_polygons)
+    box_polygon, decode_rle, merge_masks, polygon_mask, rasterize_masks, read_coco,
+    read_label_mask, read_labelme, read_shapes, read_yolo, rle_polygons)
 from elbowsynth.data.classes import caption, PATHOLOGIES, region_of, REGIONS, VIEWS
 from elbowsynth.data.images import image_shape, read_image, write_png
 from elbowsynth.data.labels import (

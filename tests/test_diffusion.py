@@ -171,7 +171,7 @@ def interrupt_while_sampling(model, out, monkeypatch):
         patch.setattr(module, name, sample_one)
         with pytest.raises(KeyboardInterrupt): train(TOY, PAIRS, out, **LONG[model])
 
-@pytest.mark.parametrize('model', ['sdxl', 'flux'])
+@pytest.mark.parametrize('model', ['sdxl', pytest.param('flux', marks=pytest.mark.long('three trainings, 20 s'))])
 def test_killed_trainings_end_as_uninterrupted_ones(model, tmp_path, monkeypatch):
     "Killed while training, interrupted while sampling, resumed: the same bits, with stochastic rounding, flips and dropout"
     train, out = {'sdxl': train_sdxl, 'flux': train_flux}[model], tmp_path/model

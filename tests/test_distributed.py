@@ -185,7 +185,7 @@ def weights(out):
     checkpoint = load_file(Path(out)/'checkpoint.safetensors')
     return {k: v for k,v in checkpoint.items() if not k.startswith(('optimizer/', 'rng/'))}
 
-@pytest.fixture(scope='module', params=['sdxl', 'flux'])
+@pytest.fixture(scope='module', params=['sdxl', pytest.param('flux', marks=pytest.mark.long('trains in two processes, 40 s'))])
 def trained(request, tmp_path_factory):
     "A model's weights: from one process, and from two in each mode"
     model, out = request.param, tmp_path_factory.mktemp(request.param)

@@ -438,6 +438,7 @@ def test_models_that_cannot_be_trained_are_listed(tmp_path):
 
 # The benchmark
 
+@pytest.mark.long('a benchmark, 20 s')
 def test_benchmark_runs(tmp_path):
     command = [sys.executable, str(ROOT/'bench'/'gans.py'), '--quick', '--models', 'wgan_gp', '--device', 'cpu', '--out', str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)

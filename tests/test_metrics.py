@@ -311,6 +311,7 @@ def test_reconstruction_by_an_autoencoder_of_diffusers(tmp_path):
     assert (decoded[masks<=127]==images[masks<=127]).all()
     assert (decoded!=images).any()
 
+@pytest.mark.long('waits for a hub that is not there, 40 s')
 def test_autoencoder_of_a_downloaded_base_model_is_found_by_name(tmp_path):
     cached = tmp_path/'hub'/'models--some--base'                    # layout of the hub's cache
     small_autoencoder().save_pretrained(cached/'snapshots'/('0'*40)/'vae')

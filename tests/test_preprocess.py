@@ -74,16 +74,17 @@ def evaluate(radiograph):
             'marker_removed': bool((removed & ~near_overlay)[top:bottom, left:right].mean()>.1),
             'seed': radiograph.seed}
 
-def test_polarity_and_crop_are_correct_for_99_percent():
+@pytest.mark.parametrize('n', [60, pytest.param(500, marks=pytest.mark.long('500 simulated images, a minute'))])
+def test_polarity_and_crop_are_correct_for_99_percent(n):
     def evaluate_one(i):
         artifacts = [a for a in ARTIFACTS if a!='colored overlay' or i%2]
         age = float(np.random.default_rng([i, 7]).uniform(2, 70))
         view, side = ('AP', 'LAT')[i%2], 'LR'[i%3>0]
         return evaluate(phantom(view, [PATHOLOGIES[i%14]], side, age=age, seed=30_000+i, size=512,
                                 artifacts=artifacts))
-    results = pd.DataFrame(list(parallel_map(evaluate_one, range(500))))
+    results = pd.DataFrame(list(parallel_map(evaluate_one, range(n))))
     wrong = results[results.polarity | (results.crop!='')]
-    assert len(wrong)<=5, wrong.to_string()
+    assert len(wrong)<=n/100, wrong.to_string()
     assert results.overlay_removed.mean()>.8
     assert results.marker_removed.mean()<.02, 'lead markers were taken for overlay'
 

@@ -91,6 +91,7 @@ def test_runs_in_order_and_not_twice(toy):
     written_outside = {p.name for p in toy.iterdir()}-{'workflow', 'elbowsynth', 'settings.ini', 'nbs', 'params', 'home'}
     assert written_outside=={'_runs'}, written_outside
 
+@pytest.mark.long('four studies, 40 s')
 def test_user_folder_replaces_the_first_stage(toy):
     (toy/'my images').mkdir()
     assert stages_run(study(toy, '--data', toy/'my images'))==['b', 'c']
@@ -292,7 +293,7 @@ def alive(toy):
         except OSError: return False                                # ended, or a zombie
     return [p.name for p in Path('/proc').glob('[0-9]*') if belongs(p)]
 
-@pytest.mark.parametrize('killed', ['study', 'everything'])
+@pytest.mark.parametrize('killed', [pytest.param('study', marks=pytest.mark.long('a study of 40 s')), 'everything'])
 def test_killed_study_resumes(toy, killed):
     env = {k: v for k, v in os.environ.items() if not k.startswith('ELBOWSYNTH_')} | {'PYTHONPATH': str(toy)}
     args = ['--set', 'sleep=1.0']

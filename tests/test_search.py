@@ -42,6 +42,7 @@ images, pairs = np.load(sys.argv[1]), pd.read_csv(sys.argv[2])
 search_hyperparameters(images, pairs, sys.argv[3], n_trials=2, validation_fraction=.4, epochs=2, width=1/16, extractor='efficientnet_lite0', device='cpu')
 '''
 
+@pytest.mark.long('two searches, a minute')
 def test_a_killed_search_resumes_with_the_same_trials(dataset, tmp_path):
     np.save(tmp_path/'images.npy', dataset[0])
     dataset[1].to_csv(tmp_path/'pairs.csv', index=False)

@@ -2,7 +2,7 @@
 import json, os, re, shutil, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd
-import pytest
+import pytest, yaml
 from conftest import ROOT, copy_of_checkout, sh
 from elbowsynth.stages import stages
 from elbowsynth.data.classes import caption
@@ -100,6 +100,19 @@ def test_report_is_complete_and_offline(smoke):
     assert page.count('data:image/png')+page.count('<svg')>=5 and 'Duration of the stages' in page
     assert not re.search(r'(src|href)="https?://[^"]*\.(js|css)', page) and '<script' not in page
     assert str(smoke['run']/'report.html') in smoke['second']
+
+def test_stages_run_by_plain_papermill_from_any_folder(smoke, tmp_path):
+    "`papermill NOTEBOOK OUT -f PARAMS.yaml`, without our runner; finished work is found and kept"
+    run = tmp_path/'run'
+    shutil.copytree(smoke['run'], run)
+    before = {p: p.read_bytes() for p in run.rglob('*.csv')}
+    for job in json.loads((smoke['run']/'plan.json').read_text())['jobs']:
+        (tmp_path/'params.yaml').write_text(yaml.safe_dump(job['values'] | {'run': str(run)}))
+        (run/job['out']/'stage.json').unlink(missing_ok=True)
+        sh('papermill', smoke['top']/job['notebook'], tmp_path/'out.ipynb', '-f', tmp_path/'params.yaml', '--no-progress-bar',
+           cwd=tmp_path, PYTHONPATH=str(smoke['top']), ELBOWSYNTH_PROFILE='none')
+    changed = [p.relative_to(run) for p, data in before.items() if p.exists() and p.read_bytes()!=data]
+    assert changed==[], changed
 
 def test_notebooks_run_from_the_top_in_jupyter(smoke):
     "As in JupyterLab: a new kernel, no papermill; the cell below the parameters requests the profile"

@@ -277,6 +277,15 @@ def text_mask(
         return strokes & (is_letter & nearby_text[rows, columns])[labels]
     return strokes & (is_ruler[labels] | text_lines(boxes[is_letter], small_image, strokes))
 
+# %% ../../nbs/2_data/30_preprocess.ipynb #9b769d34
+def _inpaint(gray, overlay):
+    "Replace overlay pixels from their surroundings, in place, one window after the other"
+    merged = cv2.dilate(overlay, np.ones((9, 9), np.uint8))
+    boxes = cv2.connectedComponentsWithStats(merged)[2][1:]
+    for l,t,w,h,_ in boxes:
+        window = np.s_[max(0, t-8):t+h+8, max(0, l-8):l+w+8]
+        gray[window] = cv2.inpaint(gray[window], overlay[window], 3, cv2.INPAINT_TELEA)
+
 # %% ../../nbs/2_data/30_preprocess.ipynb #626c41f2
 def remove_overlay(
     image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16
@@ -295,11 +304,7 @@ def remove_overlay(
     margin = 2*round(.003*max(overlay.shape)/2)+3
     overlay = cv2.dilate(overlay, np.ones((margin, margin), np.uint8))
     gray = to_grayscale(image).copy()
-    merged = cv2.dilate(overlay, np.ones((9, 9), np.uint8))
-    boxes = cv2.connectedComponentsWithStats(merged)[2][1:]
-    for l,t,w,h,_ in boxes:
-        window = np.s_[max(0, t-8):t+h+8, max(0, l-8):l+w+8]
-        gray[window] = cv2.inpaint(gray[window], overlay[window], 3, cv2.INPAINT_TELEA)
+    _inpaint(gray, overlay)
     overlay = overlay.astype(bool)
     if image.ndim==2: return gray, overlay
     return np.where(overlay[..., None], gray[..., None], image), overlay

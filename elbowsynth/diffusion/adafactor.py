@@ -217,6 +217,14 @@ class ParamStep(NamedTuple):
     compute_dtype:torch.dtype # float32 or float64
     rounding_key:int|None # Seed of stochastic rounding; None to round to nearest
 
+# %% ../../nbs/4_diffusion/40_adafactor.ipynb #51fe45b9
+def _rounding_key(p, group, index, step):
+    "Seed of stochastic rounding in a step; None to round to nearest"
+    if not group['stochastic_rounding'] or p.dtype!=torch.bfloat16: return None
+    seed = (group['seed']*1_000_003+index)*1_000_003+step
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2**31, 2**31, (), generator=generator).item()
+
 # %% ../../nbs/4_diffusion/40_adafactor.ipynb #7704ca61
 def prepare_param(
     p:torch.Tensor, # A parameter with a gradient
@@ -235,11 +243,7 @@ def prepare_param(
         if p.ndim>1: shapes = {'row': local.shape[:-1], 'col': local.shape[:-2]+local.shape[-1:]}
         else: shapes = {'sq': local.shape}
         for name,shape in shapes.items(): state[name] = local.new_zeros(shape, dtype=compute_dtype)
-    key = None
-    if group['stochastic_rounding'] and p.dtype==torch.bfloat16:
-        seed = (group['seed']*1_000_003+index)*1_000_003+state['step']
-        generator = torch.Generator().manual_seed(seed)
-        key = torch.randint(-2**31, 2**31, (), generator=generator).item()
+    key = _rounding_key(p, group, index, state['step'])
     weights = to_matrix_stack(local.contiguous())
     grad = to_matrix_stack(local_shard(p.grad).contiguous())
     return ParamStep(group, state, get_shard(p), p, weights, grad, compute_dtype, key)

@@ -496,6 +496,12 @@ def next_batch(
                        seed_keys, run.config, **run.latent_cache)
     return batch.to(run.distributed.device)
 
+# %% ../../nbs/4_diffusion/48_finetune.ipynb #a1b5fc89
+def _mean_over_processes(run, values):
+    "Averages of a tensor over all processes"
+    if not run.distributed.accelerator: return values
+    return run.distributed.accelerator.reduce(values, 'mean')
+
 # %% ../../nbs/4_diffusion/48_finetune.ipynb #ac06d03a
 def log_step(
     run:TrainingRun,
@@ -511,8 +517,8 @@ def log_step(
         losses.detach().mean().double(), *errors.double().mean(0),
         batch.latent_mask.double().mean(), batch.fully_masked.double().mean(),
         losses.new_tensor(is_due).double()])
-    if run.distributed.accelerator: means = run.distributed.accelerator.reduce(means, 'mean')
-    loss, error_in, area_in, error_out, area_out, mask_area, fully_masked, due = means.tolist()
+    means = _mean_over_processes(run, means).tolist()
+    loss, error_in, area_in, error_out, area_out, mask_area, fully_masked, due = means
     if not np.isfinite(loss):
         raise FloatingPointError(f'training diverged at step {run.step}: loss is {loss}; '
                                  'fix: resume with a lower learning rate or with max_grad_norm')

@@ -720,11 +720,8 @@ def plot_training_logs(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/4_diffusion/52_pretraining.ipynb #fafdd599
-def main(
-    args:list[str]=None, # Command-line arguments; None for those of the process
-):
-    "`python -m elbowsynth.diffusion.pretraining OUT`"
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #0ac11d0d
+def _build_parser():
     parser = argparse.ArgumentParser(
         description='Pretrain the small base models on simulated normal elbows; resumable')
     parser.add_argument('out', type=Path, help='folder for images, checkpoints, logs and models')
@@ -740,7 +737,14 @@ def main(
                         help='training steps of the autoencoder; 0 for those of the package')
     parser.add_argument('--denoiser-steps', type=int, default=0,
                         help='training steps of the denoiser; 0 for those of the package')
-    a = parser.parse_args(args)
+    return parser
+
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #fafdd599
+def main(
+    args:list[str]=None, # Command-line arguments; None for those of the process
+):
+    "`python -m elbowsynth.diffusion.pretraining OUT`"
+    a = _build_parser().parse_args(args)
     if a.bundle:
         print(bundle(a.out))
         return

@@ -13,19 +13,23 @@ import numpy as np, torch, torch.nn.functional as F
 from pathlib import Path
 from ..core import atomic_write
 
+# %% ../../nbs/5_evaluation/60_extractors.ipynb #a55d8d00
+def _check_equal_sizes(images, name):
+    "Raise an error if images of a list differ in size"
+    sizes = ['x'.join(map(str, np.shape(o))) for o in images]
+    for i,size in enumerate(sizes):
+        if size!=sizes[0]:
+            raise ValueError(
+                f'image {i} of {name} is {size} pixels, image 0 is {sizes[0]}; '
+                'expected images of one size')
+
 # %% ../../nbs/5_evaluation/60_extractors.ipynb #2ec44b4c
 def as_image_batch(
     images, # (n, h, w), floats in [0, 1]
     name:str='x', # Name of the images in error messages
 )->torch.Tensor: # (n, h, w), float32, or float64 if the input is float64
     "Convert images to a tensor, or raise an error that names the wrong image."
-    if isinstance(images, (list, tuple)):
-        sizes = ['x'.join(map(str, np.shape(o))) for o in images]
-        for i,size in enumerate(sizes):
-            if size!=sizes[0]:
-                raise ValueError(
-                    f'image {i} of {name} is {size} pixels, image 0 is {sizes[0]}; '
-                    'expected images of one size')
+    if isinstance(images, (list, tuple)): _check_equal_sizes(images, name)
     x = images if torch.is_tensor(images) else np.ascontiguousarray(images)
     x = torch.as_tensor(x)
     if x.ndim!=3:

@@ -343,6 +343,17 @@ def checkpoint_name(
     "Name of the files with the scores of a checkpoint"
     return f'{model}_{source}_{epoch:04d}'
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #9abd4f45
+def _check_names(generated, pairs, checkpoint):
+    "Raise an error if a generated image is of no pair of this split"
+    unknown = sorted(generated-set(pairs.pair))
+    if not unknown: return
+    model, source = checkpoint.model, checkpoint.source
+    subset = 'training' if source=='validation' else 'test'
+    raise ValueError(
+        f'{unknown[0]}.png in {model}/{source}/{checkpoint.epoch:04d} is not a {subset} pair of '
+        f'this split; fix: remove {model} from the run and run its notebook again')
+
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #fb3df8d2
 def checkpoint_jobs(
     pairs:pd.DataFrame, # Test pairs, or all training pairs that some model holds out
@@ -357,11 +368,7 @@ def checkpoint_jobs(
     jobs = []
     for o in checkpoints.itertuples():
         generated = {p.stem for p in o.folder.glob('*.png')}
-        if unknown := sorted(generated-set(pairs.pair)):
-            subset = 'training' if o.source=='validation' else 'test'
-            raise ValueError(
-                f'{unknown[0]}.png in {o.model}/{o.source}/{o.epoch:04d} is not a {subset} pair of '
-                f'this split; fix: remove {o.model} from the run and run its notebook again')
+        _check_names(generated, pairs, o)
         covered = pairs[pairs.pair.isin(generated)]
         names = covered.pair.tolist()
         load_masks, masks_hash = None, ''

@@ -31,6 +31,14 @@ def _score_columns():
 SCORE_COLUMNS = _score_columns()
 CHECKPOINT_COLUMNS = ['task', 'model', 'source', 'epoch', 'checkpoint']
 
+# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #4cb258ad
+def _mean_with_interval(scores, patients, reason, bootstrap_kwargs):
+    "Mean, interval and standard error of a score; without an interval if there is a reason"
+    if reason: interval = {'estimate': scores.mean()}
+    else: interval = cluster_bootstrap(scores, patients, **bootstrap_kwargs)
+    found = {'mean': interval['estimate']}
+    return found | {k: interval.get(k, np.nan) for k in ('ci_low', 'ci_high', 'se')}
+
 # %% ../../nbs/5_evaluation/66_run_statistics.ipynb #18c74850
 def score_intervals(
     table:pd.DataFrame, # `CHECKPOINT_COLUMNS`, pair, patient, image and columns of `SCORE_COLUMNS`
@@ -46,13 +54,10 @@ def score_intervals(
             if region!='full image' and not masked: continue
             valid = scores[scores[column].notna()]
             reason = insufficient_data_reason(valid.patient, valid.image, min_images)
-            if reason: interval = {'estimate': valid[column].mean()}
-            else: interval = cluster_bootstrap(valid[column], valid.patient, **bootstrap_kwargs)
             row = dict(zip(CHECKPOINT_COLUMNS, checkpoint))
             row |= {'region': region, 'metric': metric, 'n_pairs': len(valid)}
             row |= {'n_patients': valid.patient.nunique(), 'n_images': valid.image.nunique()}
-            row |= {'mean': interval['estimate']}
-            row |= {k: interval.get(k, np.nan) for k in ('ci_low', 'ci_high', 'se')}
+            row |= _mean_with_interval(valid[column], valid.patient, reason, bootstrap_kwargs)
             rows.append(row | {'reason': reason})
     return pd.DataFrame(rows)
 

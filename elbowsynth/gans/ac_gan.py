@@ -207,6 +207,21 @@ def make_checkpoint_callback(
                                validation_images, metrics_log, seed, **metrics)
     return on_checkpoint
 
+# %% ../../nbs/3_gans/37_ac_gan.ipynb #a7a5a35d
+def _encode_labels(pairs, test, is_validation, label_fields, n_labels):
+    "Labels of the training, validation and test pairs"
+    tables = (pairs[~is_validation], pairs[is_validation], test)
+    return [one_hot_labels(table, label_fields, n_labels) for table in tables]
+
+def _claim_folder(out, config, label_fields, training_data, test_data):
+    "Claim a folder for everything that the results depend on"
+    claim_run_dir(out, {
+        'images_hash': content_hash(*training_data), 'test_hash': content_hash(*test_data),
+        'width': config.width, 'checkpoint_every': config.checkpoint_every,
+        'batch_size': config.batch_size, 'betas': config.betas, 'dropout': config.dropout,
+        'lr': [config.lr_g, config.lr_d, config.lr_classifier], 'label_fields': label_fields,
+        'label_sampling': config.label_sampling, 'seed': config.seed})
+
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #0bed77b0
 def train_conditional_gan(
     images:np.ndarray, # (n, size, size) uint8, the image of each training pair
@@ -226,19 +241,10 @@ def train_conditional_gan(
     label_fields = get_label_fields(config.label_fields)
     field_sizes = [len(values) for values in label_fields.values()]
     is_validation = validation_mask(pairs, config.validation_fraction).values
-    train_pairs,validation_pairs = pairs[~is_validation], pairs[is_validation]
-    def labels_of(table): return one_hot_labels(table, label_fields, config.n_labels)
-    y = labels_of(train_pairs)
-    validation_y = labels_of(validation_pairs)
-    test_y = labels_of(test)
+    y,validation_y,test_y = _encode_labels(pairs, test, is_validation, label_fields, config.n_labels)
     validation_names = list(pairs.get('pair', pairs.index)[is_validation])
-    claim_run_dir(out, {
-        'images_hash': content_hash(images[~is_validation], y.numpy()),
-        'test_hash': content_hash(list(test.pair), test_y.numpy(), validation_names),
-        'width': config.width, 'checkpoint_every': config.checkpoint_every,
-        'batch_size': config.batch_size, 'betas': config.betas, 'dropout': config.dropout,
-        'lr': [config.lr_g, config.lr_d, config.lr_classifier], 'label_fields': label_fields,
-        'label_sampling': config.label_sampling, 'seed': config.seed})
+    _claim_folder(out, config, label_fields, (images[~is_validation], y.numpy()),
+                  (list(test.pair), test_y.numpy(), validation_names))
 
     torch.manual_seed(config.seed)
     nets = {key: net.to(device) for key,net in build_nets(size, config).items()}
@@ -257,7 +263,7 @@ def train_conditional_gan(
         guard.update(*terms.values())
         return terms
 
-    sample_sets = {'validation': (validation_pairs, validation_y), 'samples': (test, test_y)}
+    sample_sets = {'validation': (pairs[is_validation], validation_y), 'samples': (test, test_y)}
     on_checkpoint = make_checkpoint_callback(
         out, nets['gen'], nets['dis'], train_images, y, sample_sets, images[is_validation],
         field_sizes, metrics_log, config.seed)

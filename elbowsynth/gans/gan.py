@@ -518,6 +518,23 @@ CHECKPOINT_PANELS = {
     'MS-SSIM within a class': ['intra_class_ms_ssim_fake', 'intra_class_ms_ssim_real'],
     'gray levels to the nearest training image': ['nn_distance_fake', 'nn_distance_real']}
 
+# %% ../../nbs/3_gans/35_gan.ipynb #c0052be8
+def _plot_panel(ax, title, columns, logs):
+    "Some columns of each model's log over the epochs"
+    styles = dict(zip(columns, ('-', '--', ':')))
+    for i,log in enumerate(logs.values()):
+        for column,style in styles.items():
+            if column not in log: continue
+            label = column.split('_')[-1] if i==0 else None
+            ax.plot(log.epoch, log[column].astype(float), style, color=f'C{i}', lw=1, label=label)
+        if columns[0]=='intra_class_ms_ssim_fake':
+            collapsed = log[log.collapse_flag==1]
+            ax.plot(collapsed.epoch, collapsed.intra_class_ms_ssim_fake, 'rx', ms=6)
+    ax.set_title(title, fontsize=8)
+    ax.set_xlabel('epoch', fontsize=7)
+    ax.tick_params(labelsize=6)
+    ax.legend(fontsize=6)
+
 # %% ../../nbs/3_gans/35_gan.ipynb #9ca2e249
 def plot_checkpoint_metrics(
     logs:dict, # Model to its `checkpoint_metrics.jsonl`
@@ -528,20 +545,7 @@ def plot_checkpoint_metrics(
     panels = {title: columns for title,columns in CHECKPOINT_PANELS.items() if columns[0] in logged}
     fig,axes = plt.subplots(1, len(panels), figsize=(3.4*len(panels), 2.4), dpi=72, squeeze=False)
     for ax,(title,columns) in zip(axes.flat, panels.items()):
-        styles = dict(zip([c for c in columns if c in logged], ('-', '--', ':')))
-        for i,log in enumerate(logs.values()):
-            for column,style in styles.items():
-                if column not in log: continue
-                label = column.split('_')[-1] if i==0 else None
-                values = log[column].astype(float)
-                ax.plot(log.epoch, values, style, color=f'C{i}', lw=1, label=label)
-            if columns[0]=='intra_class_ms_ssim_fake':
-                collapsed = log[log.collapse_flag==1]
-                ax.plot(collapsed.epoch, collapsed.intra_class_ms_ssim_fake, 'rx', ms=6)
-        ax.set_title(title, fontsize=8)
-        ax.set_xlabel('epoch', fontsize=7)
-        ax.tick_params(labelsize=6)
-        ax.legend(fontsize=6)
+        _plot_panel(ax, title, [c for c in columns if c in logged], logs)
     fig.tight_layout()
     return fig
 

@@ -175,6 +175,18 @@ def search_hyperparameters(
             tell(study, trial, score)
     return collect_trials(out)
 
+# %% ../../nbs/3_gans/39_search.ipynb #54d7a2ba
+def _plot_trials(ax, trials, column, paper_score):
+    "Scores of a model's trials by one hyperparameter"
+    ax.scatter(trials[column], trials.mmd2, s=14, c=trials.trial, cmap='viridis')
+    if paper_score is not None: ax.axhline(paper_score, color='.5', lw=.8, ls='--')
+    if column!='trial':
+        low,high = min(SEARCH_SPACE[column]), max(SEARCH_SPACE[column])
+        scale = 'log' if column.startswith('lr') else 'linear'
+        ax.set(xscale=scale, xlim=(.9*low, 1.1*high))
+    ax.set_xlabel(column, fontsize=8)
+    ax.tick_params(labelsize=6)
+
 # %% ../../nbs/3_gans/39_search.ipynb #0954e085
 def plot_search(
     table:pd.DataFrame, # From `collect_trials`
@@ -190,13 +202,6 @@ def plot_search(
         row[0].step(trials.trial, trials.mmd2.cummin(), color='k', lw=1, where='post')
         row[0].set_ylabel(f'{model}\nMMD², validation', fontsize=8)
         has_paper_trial = len(trials) and trials.trial.iloc[0]==0
-        for ax,column in zip(row, columns):
-            ax.scatter(trials[column], trials.mmd2, s=14, c=trials.trial, cmap='viridis')
-            if has_paper_trial: ax.axhline(trials.mmd2.iloc[0], color='.5', lw=.8, ls='--')
-            if column!='trial':
-                low,high = min(SEARCH_SPACE[column]), max(SEARCH_SPACE[column])
-                scale = 'log' if column.startswith('lr') else 'linear'
-                ax.set(xscale=scale, xlim=(.9*low, 1.1*high))
-            ax.set_xlabel(column, fontsize=8)
-            ax.tick_params(labelsize=6)
+        paper_score = trials.mmd2.iloc[0] if has_paper_trial else None
+        for ax,column in zip(row, columns): _plot_trials(ax, trials, column, paper_score)
     return fig

@@ -321,6 +321,16 @@ def train_one_model(
                       grad_norm_critic=grad_norm(critic), grad_norm_gen=grad_norm(gen))
         yield step
 
+# %% ../../nbs/3_gans/36_wgan_gp.ipynb #f1fab7e2
+def _count_pairs(pairs, test):
+    "Numbers of training and test pairs of every pathology and view"
+    groups = [(view, pathology) for pathology in PATHOLOGIES for view in VIEWS]
+    models = pd.DataFrame(groups, columns=['view', 'pathology'])
+    for column,table in (('n_train', pairs), ('n_test', test)):
+        counts = table.groupby(['view', 'pathology']).size().to_dict()
+        models[column] = [counts.get(group, 0) for group in groups]
+    return models
+
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #d76f246c
 def select_models(
     pairs:pd.DataFrame, # Training pairs: `pathology`, `view`
@@ -330,11 +340,7 @@ def select_models(
     batch_size:int=5, # Images in a batch
 )->pd.DataFrame: # view, pathology, n_train, n_test, trained (yes or no), reason
     "List every pathology and view, and whether a model of it is trained"
-    groups = [(view, pathology) for pathology in PATHOLOGIES for view in VIEWS]
-    models = pd.DataFrame(groups, columns=['view', 'pathology'])
-    for column,table in (('n_train', pairs), ('n_test', test)):
-        counts = table.groupby(['view', 'pathology']).size().to_dict()
-        models[column] = [counts.get(group, 0) for group in groups]
+    models = _count_pairs(pairs, test)
     conditions = [models.n_train==0, models.n_train<min_images, models.n_test==0]
     reasons = ['no training images', f'fewer than {min_images} training images', 'no test images']
     models['reason'] = np.select(conditions, reasons, '')

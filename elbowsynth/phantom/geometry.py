@@ -113,6 +113,30 @@ def clip_interval(
     edge = np.minimum(np.maximum(edge, t0), t1)
     return (edge, t1) if keep_far else (t0, edge)
 
+# %% ../../nbs/1_phantom/10_geometry.ipynb #d43b6745
+def _tube_interval(sections, beam):
+    "Depths (h, w) at which each ray enters and leaves a tube with these sections"
+    dx, dy, dz = beam.axes[2]
+    d = max(dx*dx+dz*dz, 1e-6)
+    y, a, b, x, z = sections
+    p, q = dx/a**2, dz/b**2
+    h = 1/(p*dx+q*dz)
+    table = [h, (h/a/b)**2, x*dz-z*dx, h*(p*x+q*z), h*(p*dz-q*dx)/d]
+    table = np.stack(table).astype(np.float32)
+    s = beam.project(np.array((-dy*dx/d, 1, -dy*dz/d)))  # height of the nearest section
+    e = beam.project(np.array((dz, 0, -dx)))                      # across the ray
+    w = beam.project(np.array((dx/d, 0, dz/d)))                   # along the ray
+    index = ((s-float(y[0]-.125))*4).astype(np.intp)
+    at_rays = [np.take(t, index, mode='clip') for t in table]
+    h, g, c, k, m = at_rays
+    c -= e
+    half = np.maximum(h-g*c*c, 0)
+    np.sqrt(half, out=half)
+    k -= w+m*e
+    up = np.array([0, 1., 0])
+    above = clip_interval(k-half, k+half, *beam.plane_depth(up, float(y[0])))
+    return clip_interval(*above, *beam.plane_depth(-up, -float(y[-1])))
+
 # %% ../../nbs/1_phantom/10_geometry.ipynb #d2e5cc29
 @dataclass
 class Tube:
@@ -172,25 +196,7 @@ class Tube:
 
     def ray_interval(self, beam):
         "Depths (h, w) at which each ray enters and leaves; equal where it misses"
-        dx, dy, dz = beam.axes[2]
-        d = max(dx*dx+dz*dz, 1e-6)
-        y, a, b, x, z = self.sections
-        p, q = dx/a**2, dz/b**2
-        h = 1/(p*dx+q*dz)
-        table = [h, (h/a/b)**2, x*dz-z*dx, h*(p*x+q*z), h*(p*dz-q*dx)/d]
-        table = np.stack(table).astype(np.float32)
-        s = beam.project(np.array((-dy*dx/d, 1, -dy*dz/d)))  # height of the nearest section
-        e = beam.project(np.array((dz, 0, -dx)))                      # across the ray
-        w = beam.project(np.array((dx/d, 0, dz/d)))                   # along the ray
-        index = ((s-float(y[0]-.125))*4).astype(np.intp)
-        h, g, c, k, m = (np.take(t, index, mode='clip') for t in table)
-        c -= e
-        half = np.maximum(h-g*c*c, 0)
-        np.sqrt(half, out=half)
-        k -= w+m*e
-        up = np.array([0, 1., 0])
-        above = clip_interval(k-half, k+half, *beam.plane_depth(up, float(y[0])))
-        return clip_interval(*above, *beam.plane_depth(-up, -float(y[-1])))
+        return _tube_interval(self.sections, beam)
 
 # %% ../../nbs/1_phantom/10_geometry.ipynb #b1bebb96
 def sort_network(

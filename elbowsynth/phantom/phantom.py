@@ -172,7 +172,8 @@ def phantom(
     projection = sample_projection(view, arm.scale, rng_of(0), field_of_left_arm)
     parts = pose_arm(arm, projection.flexion)
     maps = thickness_maps(parts, projection, size, rng_of(1), artifacts)
-    bone, soft, labels = (flip(o) for o in maps)
+    flipped = [flip(o) for o in maps]
+    bone, soft, labels = flipped
     radiograph = acquire(bone, soft, projection, side, rng_of(2), arm.scale, artifacts, content_box,
                          field)
 

@@ -162,6 +162,16 @@ def similarity_panel(
         mark_best(ax, checkpoints.epoch, scores, np.argmax(scores), color)
     ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)
 
+# %% ../../nbs/6_report/81_figures.ipynb #201eb494
+def _mark_epochs(ax, epochs, selected_epoch, last_main_epoch):
+    "Ticks and legend of a panel, the selected checkpoint and the boosted epochs"
+    mark_boost(ax, epochs, last_main_epoch)
+    if selected_epoch is not None:
+        ax.axvline(selected_epoch, color='.35', lw=1, ls=':', label='selected by validation')
+    if len(epochs)<9: ax.set_xticks(epochs)
+    else: ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.legend(loc='upper center', bbox_to_anchor=(.5, -.22), ncols=2, fontsize=7.5)
+
 # %% ../../nbs/6_report/81_figures.ipynb #443c8847
 def learning_curves(
     summary:pd.DataFrame, # As in `summary.csv`: model, source, epoch and scores
@@ -183,14 +193,7 @@ def learning_curves(
         mmd_panel(right, t.epoch, t.mmd2, noise['mmd2'], colors[2])
         left.set(xlabel='epoch', ylabel='similarity (higher is better)')
         right.set(xlabel='epoch', ylabel='MMD² (lower is better)')
-        for ax in (left, right):
-            mark_boost(ax, t.epoch, last_main_epoch)
-            if selected_epoch is not None:
-                ax.axvline(selected_epoch, color='.35', lw=1, ls=':',
-                           label='selected by validation')
-            if len(t)<9: ax.set_xticks(t.epoch)
-            else: ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            ax.legend(loc='upper center', bbox_to_anchor=(.5, -.22), ncols=2, fontsize=7.5)
+        for ax in (left, right): _mark_epochs(ax, t.epoch, selected_epoch, last_main_epoch)
     return fig
 
 # %% ../../nbs/6_report/81_figures.ipynb #45238c4d
@@ -282,6 +285,13 @@ def sample_grid(
                          else blank)
     return plot_images(shown, titles, n_cols=1+len(epochs), panel_size=1.15)
 
+# %% ../../nbs/6_report/81_figures.ipynb #357795f0
+def _share_limits(axes):
+    "Give all axes the same vertical range"
+    limits = [ax.get_ylim() for ax in axes]
+    bottom, top = min(low for low, high in limits), max(high for low, high in limits)
+    for ax in axes: ax.set_ylim(bottom, top)
+
 # %% ../../nbs/6_report/81_figures.ipynb #5ed1274f
 def comparison_panels(
     axes, # Two for each model
@@ -305,16 +315,27 @@ def comparison_panels(
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             handles, labels = ax.get_legend_handles_labels()
             legend = dict(zip(labels, handles)) | legend
-    for same_metric in (axes[::2], axes[1::2]):
-        limits = [ax.get_ylim() for ax in same_metric]
-        bottom, top = min(low for low, high in limits), max(high for low, high in limits)
-        for ax in same_metric: ax.set_ylim(bottom, top)
+    for same_metric in (axes[::2], axes[1::2]): _share_limits(same_metric)
     return legend
 
 # %% ../../nbs/6_report/81_figures.ipynb #ff98a544
 def _legend_order(label):
     "The curves first, those of noise after each, other marks last"
     return label[:4] not in ('SSIM', 'MS-S', 'MMD²'), 'of noise' in label
+
+# %% ../../nbs/6_report/81_figures.ipynb #3c6dce11
+def _images_in_one_row(run, models, pair, images, last_main_epochs):
+    "The original and what each model generated, with titles"
+    shown, titles = [], []
+    for model in models:
+        row, row_titles = checkpoint_images(run, model, pair, images, masks='', max_checkpoints=4,
+                                            last_main_epoch=last_main_epochs.get(model))
+        if not shown:
+            shown.append(row[0])
+            titles.append('original\n')
+        shown += row[1:]
+        titles += [f'{MODEL_NAMES.get(model, model)}\n{title}' for title in row_titles[1:]]
+    return shown, titles
 
 # %% ../../nbs/6_report/81_figures.ipynb #7f9b2e78
 def plot_model_comparison(
@@ -336,16 +357,7 @@ def plot_model_comparison(
         upper.legend([legend[label] for label in labels], labels, loc='outside lower center',
                      ncols=len(labels), fontsize=7.5, columnspacing=1.2)
         if not run: return fig
-        shown, titles = [], []
-        for model in models:
-            row, row_titles = checkpoint_images(run, model, pair, images, masks='',
-                                                max_checkpoints=4,
-                                                last_main_epoch=last_main_epochs.get(model))
-            if not shown:
-                shown.append(row[0])
-                titles.append('original\n')
-            shown += row[1:]
-            titles += [f'{MODEL_NAMES.get(model, model)}\n{title}' for title in row_titles[1:]]
+        shown, titles = _images_in_one_row(run, models, pair, images, last_main_epochs)
         for ax, image, title in zip(lower.subplots(1, len(shown)), shown, titles):
             show_gray(ax, image, title, fontsize=7.5)
     return fig

@@ -583,6 +583,18 @@ def constant_metadata(
     return {c: table[c].iloc[0]
             for c in columns if table[c].nunique(dropna=False)==1 and pd.notna(table[c].iloc[0])}
 
+# %% ../../nbs/6_report/82_tables.ipynb #58d53c74
+def _table_notes(name, metadata, reasons, one_checkpoint, n_rows, max_rows):
+    "The line above a table: what it shows, where all rows are, and its conventions"
+    notes = ''
+    if one_checkpoint:
+        notes += 'The last checkpoint of each model before the boosted learning rate. '
+    if name=='subgroups': notes += 'SSIM: mean, 95 % interval over patients, pairs. '
+    if n_rows>max_rows: notes += f'The first {max_rows} of {n_rows} rows. '
+    notes += f'All rows: [`{name}.csv`](results/metrics/{name}.csv). '
+    if reasons: notes += f'Intervals are missing because: {"; ".join(reasons)}. '
+    return notes+'; '.join(f'{k}: {v}' for k, v in metadata.items())
+
 # %% ../../nbs/6_report/82_tables.ipynb #58da5d4d
 def additional_table(
     name:str, # Of a table of scores
@@ -598,14 +610,7 @@ def additional_table(
     reasons = [r for r in table.reason.dropna().unique() if r] if 'reason' in table else []
     if name in LAYOUTS: table = LAYOUTS[name](table)
     else: table = merge_intervals(table.drop(columns=list(metadata)).dropna(axis=1, how='all'))
-    notes = ''
-    if one_checkpoint:
-        notes += 'The last checkpoint of each model before the boosted learning rate. '
-    if name=='subgroups': notes += 'SSIM: mean, 95 % interval over patients, pairs. '
-    if len(table)>max_rows: notes += f'The first {max_rows} of {len(table)} rows. '
-    notes += f'All rows: [`{name}.csv`](results/metrics/{name}.csv). '
-    if reasons: notes += f'Intervals are missing because: {"; ".join(reasons)}. '
-    notes += '; '.join(f'{k}: {v}' for k, v in metadata.items())
+    notes = _table_notes(name, metadata, reasons, one_checkpoint, len(table), max_rows)
     return '\n\n'.join([f'### {ADDITIONAL_TABLES.get(name, name)}', notes,
                         as_markdown(round_cells(table, 4).head(max_rows))])
 
@@ -651,12 +656,9 @@ def additional_tables_text(
     texts = [additional_table(name, tables[name], last_main_epochs) for name in names]
     return '\n\n'.join(texts) or '*This run was scored without further tables.*'
 
-# %% ../../nbs/6_report/82_tables.ipynb #7f929aa9
-def run_tables(
-    results:Path, # Folder written by `collect_results`
-)->dict[str,str]: # Name to Markdown
-    "All tables and figures that a page can name"
-    facts, metrics_info, tables = read_results(results)
+# %% ../../nbs/6_report/82_tables.ipynb #aa3f0946
+def _numbered_tables(facts, tables):
+    "The tables of the paper with the values of a run, and those of the run's settings, by name"
     best, values = tables['best_checkpoints'], facts['values']
     made = {'table1.full_image': table1(best, 'full image'),
             'table1.inpainting': table1(best, 'inpainting'),
@@ -669,15 +671,23 @@ def run_tables(
     for number, model in enumerate(GAN_SETTINGS, 4):
         made[f'table{number}'] = architecture(model)
         made[f'table{number}.settings'] = gan_settings(model)
+    return made
+
+# %% ../../nbs/6_report/82_tables.ipynb #7f929aa9
+def run_tables(
+    results:Path, # Folder written by `collect_results`
+)->dict[str,str]: # Name to Markdown
+    "All tables and figures that a page can name"
+    facts, metrics_info, tables = read_results(results)
     out = {name: as_markdown(t) if len(t) else '*This run has no such results.*'
-           for name, t in made.items()}
-    out['front.scores'] = as_markdown(readme_table(best))
+           for name, t in _numbered_tables(facts, tables).items()}
+    out['front.scores'] = as_markdown(readme_table(tables['best_checkpoints']))
     out['front.picture'] = readme_image(results)
     out['model_cards'] = model_cards()
     for name, (table_file, figures) in SIDE_EXPERIMENTS.items():
         out[name] = side_experiment(results, name, table_file, figures)
     for name, caption in figure_captions().items():
         out[f'figure.{name}'] = figure_text(results, name, caption)
-    last_main_epochs = {model: v['epochs'] for model, v in values.items() if 'epochs' in v}
+    last_main_epochs = {model: v['epochs'] for model, v in facts['values'].items() if 'epochs' in v}
     out['additional_tables'] = additional_tables_text(tables, last_main_epochs)
     return out
