@@ -102,7 +102,7 @@ def progress(
     items, # What to iterate over
     desc:str, # Description of the loop
     total:int=None, # Number of items; `len(items)` if None
-    max_minutes:float=0, # Time limit in minutes; 0 for none
+    max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
     log_every_s:float=None, # Seconds between two lines in a log; from the runner, or 15, if None
 ):
     "Yield `items` with a progress bar or log lines; raise early if the loop would take too long"

@@ -84,7 +84,7 @@ def coerce_type(
     value, # As YAML or the command line gives it
     default, # Default value of the parameter
 ):
-    "`value` in the type of `default`; text such as `1e-4`, no number in YAML, becomes a float"
+    "`value` in the type of `default`; '1e-4', which PyYAML reads as text, becomes a float"
     if default is None: return value
     if type(default) is float and not isinstance(value, bool): return float(value)
     if isinstance(default, tuple) and isinstance(value, list): return value     # YAML has no tuples
@@ -132,7 +132,7 @@ def option_defaults(
 def has_setting(
     stage:Stage, # A stage
     name:str, # Name of a parameter or an option
-)->bool: # Whether the stage has it
+)->bool: # True if the stage has this parameter or option
     "Whether a name can be set in a stage"
     return name in stage.defaults or name in option_defaults(stage)
 
@@ -240,7 +240,7 @@ def notebook_profile(
     stage:str, # Name of the stage whose notebook is open
     history:list[str]=(), # Cells that the session has run: `In` in a notebook
 )->dict: # Parameter to value; empty under the runner
-    "What the active profile changes in the parameters of an open notebook"
+    "What the active profile changes in an open notebook; marks the stage as outdated"
     in_jupyter = 'JPY_SESSION_NAME' in os.environ
     profile = os.environ.get('ELBOWSYNTH_PROFILE') or ('demo' if in_jupyter else 'none')
     if profile=='none': return {}

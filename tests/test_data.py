@@ -502,7 +502,7 @@ def test_heuristic_masks_have_no_issues_and_the_implied_area(tmp_path):
     write_masks(data, images, out)
     assert before=={p.name: p.read_bytes() for p in out.glob('*.png')}
     areas = mask_area_table(table)
-    assert 'all' in areas.index and areas.paper.iloc[-1]=='0.289'
+    assert 'all' in areas.index and areas.implied_by_paper.iloc[-1]=='0.289'
 
 def test_estimates_follow_the_image():
     "The joint is nearer to the estimate than to the center, and the axes follow the bones"

@@ -48,6 +48,7 @@ def read_dicom(
     return ds
 
 # %% ../../nbs/2_data/25_dicom.ipynb #5310466d
+# OT and empty are accepted, too: scanned films and exported radiographs often have no other value
 RADIOGRAPH_MODALITIES = ('CR', 'DX', 'RG', 'DR', 'OT', '')
 PHOTOMETRIC_INTERPRETATIONS = ('MONOCHROME1', 'MONOCHROME2', 'RGB', 'YBR_FULL', 'YBR_FULL_422',
                                'YBR_ICT', 'YBR_RCT')
@@ -69,7 +70,7 @@ def dicom_error(
         return 'damaged: its size or bit depth is missing'
     if ds.Rows*ds.Columns>MAX_PIXELS: return f'more than {MAX_PIXELS:,} pixels'
     if ds.get('PhotometricInterpretation', '') not in PHOTOMETRIC_INTERPRETATIONS:
-        return 'neither gray nor RGB'
+        return 'neither gray nor RGB: its photometric interpretation is not supported'
     is_deep_color = ds.get('SamplesPerPixel', 1)==3 and ds.BitsAllocated>8
     if ds.BitsStored>16 or is_deep_color:
         return 'bit depth not supported: more than 16 bits in gray or 8 per color channel'
@@ -109,7 +110,7 @@ def _is_padding(ds, stored):
     return (stored>=min(limits)) & (stored<=max(limits))
 
 def _is_behind_shutter(ds, shape):
-    "What a rectangular shutter hides; nothing if it would hide all"
+    "What a rectangular shutter hides; all False if it would hide the whole image"
     if 'RECTANGULAR' not in (ds.get('ShutterShape') or ''): return np.zeros(shape, bool)
     def edge(name): return max(0, int(ds.get(f'Shutter{name}Edge') or 0))
     is_open = np.zeros(shape, bool)
@@ -123,7 +124,7 @@ def _is_behind_shutter(ds, shape):
 def padding_mask(
     ds:Dataset, # A DICOM image
 )->np.ndarray: # (rows, columns) bool
-    "Where the header marks padding or a shutter; nowhere if that would be everywhere"
+    "Where the header marks padding or a shutter; all False if it marks the whole image"
     stored = pixel_array(ds)
     outside = _is_padding(ds, stored) | _is_behind_shutter(ds, stored.shape[:2])
     return outside & ~outside.all()
@@ -281,7 +282,7 @@ def _is_identifying(text):
 def patient_key(
     ds:Dataset, # A DICOM image
 )->tuple[str,str]: # Patient and study, empty if unknown; never written
-    "The patient's number, else name and date of birth, unless these are placeholders"
+    "PatientID, else PatientName and PatientBirthDate, unless these are placeholders"
     def stripped(tag): return str(ds.get(tag) or '').strip()
     number, name = stripped('PatientID'), stripped('PatientName')
     patient = ''

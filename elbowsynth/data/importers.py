@@ -497,7 +497,7 @@ def write_import(
     rejects:list=(), # (file, reason) of files that were rejected before
     deidentify:bool=False, # Whether to omit file names and patient identifiers
     notes:dict=None, # Entries for the summary
-    max_minutes:float=0, # Time limit in minutes; 0 for none
+    max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
 )->Imported: # What was written
     "Read all images in parallel and write the folder; files are written atomically"
     known_labels = read_overrides(overrides) if overrides else {}

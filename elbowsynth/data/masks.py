@@ -81,7 +81,7 @@ def heuristic_mask(
     def ellipse(direction, offset, half_length, half_width):
         return hand_drawn_ellipse(joint+offset*direction, direction, half_length, half_width, rng)
 
-    # All regions are drawn in this order: each has its own random numbers.
+    # All regions are sampled in this order: each has its own random numbers.
     polygons = {'joint': [ellipse(humerus, 0, .3, .27)],
                 'humerus': [ellipse(humerus, .17, .33, .26)],
                 'forearm': [ellipse(forearm, .17, .33, .26)],
@@ -103,13 +103,13 @@ def write_mask(
     data:Path, # Folder of the original images and masks
     images:Path, # Folder of the preprocessed images
     out:Path, # Folder to write
-)->tuple: # `annotated` or `heuristic`, and the area as a fraction of the square
+)->tuple: # `annotated` or `heuristic`, and the area as a fraction of the image
     "Write the mask of one pair"
-    square = Path(images)/f'{pair.image}.png'
+    image_path = Path(images)/f'{pair.image}.png'
     if pair.mask:
         original = binarize_mask(read_image(resolve_inside(data, pair.mask))).astype(np.uint8)*255
-        mask = to_square(original, geometry, image_shape(square)[0])>127
-    else: mask = heuristic_mask(read_image(square), pair.region, pair.pair)
+        mask = to_square(original, geometry, image_shape(image_path)[0])>127
+    else: mask = heuristic_mask(read_image(image_path), pair.region, pair.pair)
     if mask.any(): write_png(Path(out)/f'{pair.pair}.png', mask.astype(np.uint8)*255)
     return 'annotated' if pair.mask else 'heuristic', round(float(mask.mean()), 4)
 
@@ -129,7 +129,7 @@ def write_masks(
     data:Path, # Folder of the original images and masks
     images:Path, # Folder of the preprocessed images, from the stage `preprocess`
     out:Path, # Folder to write
-    max_minutes:float=0, # Time limit in minutes; 0 for none
+    max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
 )->pd.DataFrame: # A row for each pair: `pairs.csv`
     "Write a mask and a caption for each pair"
     geometries = _read_geometries(images)
@@ -146,7 +146,10 @@ def write_masks(
     if len(empty):
         lines = [f'{len(empty)} masks of {data} are empty after cropping:']
         for r in empty.itertuples():
-            lines.append(f'  {r.mask}: outside of the crop box, {geometries[r.image]}')
+            box = geometries[r.image]
+            kept = f'rows {box.top} to {box.bottom} and columns {box.left} to {box.right}'
+            lines.append(f'  {r.mask}: white only in the padding that was cropped, outside {kept}; '
+                         'fix: draw it over the elbow')
         raise ValueError('\n'.join(lines))
 
     for stale in {p.stem for p in Path(out).glob('*.png')}-set(pairs.pair):
@@ -248,7 +251,7 @@ def check_masks(
     is_repeated = (table['hash']!='') & (table.pair!=table['hash'].map(first_pair))
     duplicates = is_repeated & (table.issue=='')
     originals = table.loc[duplicates, 'hash'].map(first_pair)
-    table.loc[duplicates, 'fix'] = 'draw it anew: it is identical to that of '+originals
+    table.loc[duplicates, 'fix'] = 'redraw it: it is identical to that of '+originals
     table.loc[duplicates, 'issue'] = 'duplicate'
     return table.loc[table.issue!='', ['pair', 'issue', 'fix']].reset_index(drop=True)
 
@@ -289,7 +292,7 @@ IMPLIED_MASK_AREA = (1-.735)/(1-.083)
 
 def mask_area_table(
     pairs:pd.DataFrame, # Columns `pathology` and `mask_area`
-)->pd.DataFrame: # count, mean, min, max and paper, by region and for all
+)->pd.DataFrame: # count, mean, min, max and implied_by_paper, by region and for all
     "Mask areas, next to the mean area that the paper's scores imply"
     statistics = ['count', 'mean', 'min', 'max']
     regions = pairs.pathology.map(lambda p: region_of(p) or 'any (normal)')
@@ -297,5 +300,5 @@ def mask_area_table(
     by_region = by_region.reindex([*REGIONS, 'any (normal)']).dropna()
     overall = pairs.mask_area.agg(statistics).to_frame('all').T
     table = pd.concat([by_region, overall]).round(3).astype({'count': int})
-    table['paper'] = ['']*len(by_region)+[f'{IMPLIED_MASK_AREA:.3f}']
+    table['implied_by_paper'] = ['']*len(by_region)+[f'{IMPLIED_MASK_AREA:.3f}']
     return table.rename_axis('region')

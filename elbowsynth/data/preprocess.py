@@ -580,7 +580,7 @@ def preprocess_folder(
     clahe_clip_limit:float=2., # CLAHE clip limit
     keep_overlay:bool=False, # Keep burned-in annotations
     n_threads:int=0, # Threads; 0 for one per core
-    max_minutes:float=0, # Time limit in minutes; 0 for none
+    max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
 )->pd.DataFrame: # A row for each image: `images.csv`
     "Write a square for each radiograph, `pairs.csv`, `images.csv`, and `rejects.csv` with reasons"
     data, out = Path(data), Path(out)

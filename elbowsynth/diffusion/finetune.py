@@ -497,10 +497,14 @@ def next_batch(
     return batch.to(run.distributed.device)
 
 # %% ../../nbs/4_diffusion/48_finetune.ipynb #a1b5fc89
-def _mean_over_processes(run, values):
-    "Averages of a tensor over all processes"
-    if not run.distributed.accelerator: return values
-    return run.distributed.accelerator.reduce(values, 'mean')
+def _step_means(run, losses, errors, batch, is_due):
+    "What a step logs, averaged over samples and processes"
+    means = torch.stack([
+        losses.detach().mean().double(), *errors.double().mean(0),
+        batch.latent_mask.double().mean(), batch.fully_masked.double().mean(),
+        losses.new_tensor(is_due).double()])
+    if run.distributed.accelerator: means = run.distributed.accelerator.reduce(means, 'mean')
+    return means.tolist()
 
 # %% ../../nbs/4_diffusion/48_finetune.ipynb #ac06d03a
 def log_step(
@@ -513,11 +517,7 @@ def log_step(
 )->bool: # Whether to save a checkpoint; the same in all processes
     "Write a line of the log, averaged over processes; raise an error if the loss is not finite"
     is_due = run.step in run.schedule.checkpoints or time.monotonic()-run.last_saved>30*60
-    means = torch.stack([
-        losses.detach().mean().double(), *errors.double().mean(0),
-        batch.latent_mask.double().mean(), batch.fully_masked.double().mean(),
-        losses.new_tensor(is_due).double()])
-    means = _mean_over_processes(run, means).tolist()
+    means = _step_means(run, losses, errors, batch, is_due)
     loss, error_in, area_in, error_out, area_out, mask_area, fully_masked, due = means
     if not np.isfinite(loss):
         raise FloatingPointError(f'training diverged at step {run.step}: loss is {loss}; '

@@ -196,7 +196,7 @@ def predict_velocity(
 def flux_spec(
     config:FineTuneConfig=FLUX,
 )->ModelSpec:
-    "FLUX, as the training loop sees it"
+    "What the training loop needs of FLUX"
     encode_with_t5 = partial(encode_t5, max_sequence_length=config.max_sequence_length)
     text_encoders = {'text_encoder': encode_clip_pooled, 'text_encoder_2': encode_with_t5}
     predict = partial(predict_velocity, guidance_scale=config.guidance_scale,
@@ -216,10 +216,10 @@ def sample_flux(
     max_sequence_length:int=512, # T5 tokens; at most as many as its tokenizer allows
     batch_size:int=4, # Images per batch
     seed:int=0, # Seed
-    max_minutes:float=0, # Time limit, minutes; 0 for none
+    max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
     **inpaint_kwargs, # `out_dir`, `distributed` and `autocast_dtype` of `inpaint_images`
 )->np.ndarray: # (n, size, size) uint8: output of the pipeline, not composited
-    "Inpaint what the captions say; `composite` restores the original outside the masks"
+    "Inpaint according to the captions; `composite` restores the original outside the masks"
     size, token_size = images.shape[-1], 2*pipe.vae_scale_factor
     if size%token_size: raise ValueError(f'image size {size} is not a multiple of {token_size}')
     seed_keys = seed_keys or [str(i) for i in range(len(images))]

@@ -218,7 +218,7 @@ def encode_latents(
     cache_dir:Path=None, # Cache folder; None to cache nothing
     vae_key:str='', # `weights_hash` of the VAE
 )->tuple[torch.Tensor,torch.Tensor]: # Means and standard deviations: (n, c, h/8, w/8), on the CPU
-    "Latents of images, shifted and scaled as the VAE's configuration says"
+    "Latents of images, shifted and scaled as in the VAE's configuration"
     shift, scale = vae.config.shift_factor or 0, vae.config.scaling_factor
     param = next(vae.parameters())
     images = images+0.                                                  # -0. and 0.: one hash

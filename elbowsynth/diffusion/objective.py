@@ -34,7 +34,7 @@ def masked_mse(
 
 # %% ../../nbs/4_diffusion/45_objective.ipynb #3ae848c0
 class Batch(NamedTuple):
-    "What a training step sees; all tensors are on one device"
+    "The inputs of a training step; all tensors are on one device"
     latents:torch.Tensor # (n, c, h, w)
     masked_image_latents:torch.Tensor # (n, c, h, w): of the images that are gray inside the mask
     mask:torch.Tensor # (n, 1, 8h, 8w): the mask that the model is conditioned on
@@ -105,7 +105,7 @@ def make_batch(
 
 # %% ../../nbs/4_diffusion/45_objective.ipynb #8056e18a
 class ModelSpec(NamedTuple):
-    "A model, as the training loop sees it"
+    "What the training loop needs of a model"
     denoiser:str # Component that is trained to predict the noise: `unet` or `transformer`
     text_encoders:dict # Component to function of (pipe, captions), which returns a tuple of tensors
     sample_timesteps:Callable # From a generator to a noise level, (1,)

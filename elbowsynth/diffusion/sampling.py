@@ -70,7 +70,7 @@ def inpaint_images(
     seed_keys:list[str], # Names that seed the random generators; also the names of written files
     batch_size:int=4, # Images per batch
     seed:int=0, # Seed
-    max_minutes:float=0, # Time limit, minutes; 0 for none
+    max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
     out_dir:Path=None, # Folder for the images, written batch by batch; complete batches are read
     distributed:DistributedContext=None, # This process, if several share the work
     autocast_dtype:torch.dtype=None, # Autocast dtype, if the components' dtypes differ

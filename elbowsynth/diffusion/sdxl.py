@@ -140,7 +140,7 @@ def predict_noise(
 def sdxl_spec(
     config:FineTuneConfig=SDXL,
 )->ModelSpec:
-    "SDXL, as the training loop sees it"
+    "What the training loop needs of SDXL"
     text_encoders = {k: partial(encode_clip, component=k)
                      for k in ('text_encoder', 'text_encoder_2')}
     predict = partial(predict_noise, loss_weight_fn=config.loss_weight_fn,
@@ -158,10 +158,10 @@ def sample_sdxl(
     guidance_scale:float=7.5, # Classifier-free guidance scale
     batch_size:int=4, # Images per batch
     seed:int=0, # Seed
-    max_minutes:float=0, # Time limit, minutes; 0 for none
+    max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
     **inpaint_kwargs, # `out_dir`, `distributed` and `autocast_dtype` of `inpaint_images`
 )->np.ndarray: # (n, size, size) uint8: output of the pipeline, not composited
-    "Inpaint what the captions say; `composite` restores the original outside the masks"
+    "Inpaint according to the captions; `composite` restores the original outside the masks"
     size, factor = images.shape[-1], pipe.vae_scale_factor
     if size%factor: raise ValueError(f'image size {size} is not a multiple of {factor}')
     seed_keys = seed_keys or [str(i) for i in range(len(images))]

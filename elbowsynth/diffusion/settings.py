@@ -85,7 +85,7 @@ class FineTuneConfig(_ShowChanges):
     cache_latents:bool=True # Cache VAE latents on the disk
     fsdp:bool=False # Shard weights over processes (FSDP2)
     device:str='auto' # `auto`, `cuda` or `cpu`
-    max_minutes:float=0. # Refuse a longer training; 0 for no limit
+    max_minutes:float=0. # Raise an error if the work would take longer; 0 for no limit
     # Checkpoint evaluation
     n_validation:int=32 # Test pairs for the validation loss; 0 for none
     num_inference_steps:int=50 # Sampling steps
@@ -250,7 +250,7 @@ def distributed_errors(
 def training_errors(
     config:FineTuneConfig,
 )->list[str]:
-    "Settings that leave nothing to train, or ask for more than can be saved"
+    "Settings that leave nothing to train, or train more than can be saved"
     epochs = [config.denoiser_epochs] if config.train_denoiser else []
     if 'trained' in (config.text_encoder, config.text_encoder_2):
         epochs.append(config.text_encoder_epochs)

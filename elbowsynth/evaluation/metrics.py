@@ -247,7 +247,7 @@ def run_jobs(
     set_name:str, # Name of the set, for the progress bar
     extractor:str, # As in `extractor_name`
     device:str, # Torch device
-    max_minutes:float=0, # Raise an error if it would take longer; 0 for no limit
+    max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
     resize:str='', # How images are brought to the scoring size
 ):
     "Score all jobs that are not finished, batch by batch"
@@ -299,6 +299,14 @@ def _weight_sum(autoencoder):
     if not hasattr(vae, 'parameters'): return 0
     return sum(float(p.detach().double().abs().sum()) for p in vae.parameters())
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #ce850952
+def _other_real_jobs(pairs, train, images, settings, seed, key, load_masks):
+    "The job of other patients' images; none if a pair has no other patient in the training set"
+    if not all((train.patient!=p).any() for p in pairs.patient.unique()): return []
+    others = matched_real_images(pairs, train, seed)
+    load = _folder_loader(images, others, *settings[:2])
+    return [ScoringJob('other_real', images_hash(images, others, key), pairs, load, load_masks)]
+
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #b6243fde
 def baseline_jobs(
     pairs:pd.DataFrame, # Test pairs
@@ -312,7 +320,7 @@ def baseline_jobs(
     autoencoders:dict=None, # Name to autoencoder, as in `vae_reconstruct`
 )->list[ScoringJob]:
     "The jobs of all baselines"
-    size, upsampling = settings[:2]
+    size = settings[0]
     autoencoders = autoencoders or {}
     full_image, inpainting = _baselines(seed, autoencoders)
     weight_sums = {name: _weight_sum(vae) for name,vae in autoencoders.items()}
@@ -327,12 +335,7 @@ def baseline_jobs(
     for name,baseline in inpainting.items():
         load = _baseline_loader(baseline, load_real, load_masks)
         jobs.append(ScoringJob(name, key, pairs, load, load_masks))
-    if all((train.patient!=p).any() for p in pairs.patient.unique()):
-        others = matched_real_images(pairs, train, seed)
-        load = _folder_loader(images, others, size, upsampling)
-        jobs.append(
-            ScoringJob('other_real', images_hash(images, others, key), pairs, load, load_masks))
-    return jobs
+    return jobs+_other_real_jobs(pairs, train, images, settings, seed, key, load_masks)
 
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #48e1a77a
 def checkpoint_name(
@@ -766,7 +769,7 @@ def real_features(
     set_name:str, # Name of the set, for the progress bar
     extractor:str, # As in `extractor_name`
     device:str='cpu', # Torch device
-    max_minutes:float=0, # Raise an error if it would take longer; 0 for no limit
+    max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
 )->np.ndarray: # One vector for each pair, (n, d)
     "Features of the real images of a set"
     hash_file = path.with_suffix('.json')
@@ -792,7 +795,7 @@ def score_set(
     set_name:str, # `test` or `validation`
     extractor:str, # As in `extractor_name`
     device:str, # Torch device
-    max_minutes:float, # Raise an error if it would take longer; 0 for no limit
+    max_minutes:float, # Raise an error if the work would take longer; 0 for no limit
     key:str, # Hash of everything that the features of the real images depend on
     resize:str='', # How images are brought to the scoring size
 )->np.ndarray: # Features of the real images
@@ -870,7 +873,7 @@ def score_run(
     extractor:str='resnet50', # As in `extractor_name`
     seed:int=0, # Random seed of the noise baselines
     device:str='auto', # Torch device; `auto` is cuda if available
-    max_minutes:float=0, # Raise an error if it would take longer; 0 for no limit
+    max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
     autoencoders:dict=None, # Name to autoencoder, as in `vae_reconstruct`
     statistics:Callable=None, # `run_statistics`, for intervals and tests
 )->dict: # Contents of `metrics.json`

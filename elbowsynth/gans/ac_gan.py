@@ -233,7 +233,7 @@ def train_conditional_gan(
     build_nets, # Takes size and config; returns a dict with `gen` and `dis` first
     build_optimizers, # Takes the networks and config; returns a dict
     step_fn, # Called with networks, optimizers, x, y, label pool, field sizes and loss functions
-    loss_fns:tuple, # Loss functions of `step_fn`, compiled if the config says so
+    loss_fns:tuple, # Loss functions of `step_fn`, compiled if `config.compile` is set
 )->Path: # `out`
     "Train a GAN with labels and generate images at its checkpoints"
     out,size = Path(out), images.shape[-1]

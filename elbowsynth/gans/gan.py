@@ -447,6 +447,15 @@ def remaining_steps(
     total = -(-n*epochs//batch_size)                            # rounded up
     return max(0, total-completed_steps(out))
 
+# %% ../../nbs/3_gans/35_gan.ipynb #09ef3cd5
+def _check_labels(path, labels, label_fields):
+    "Raise an error if labels are missing, or given for an unconditional model"
+    if label_fields and labels is None: raise ValueError(
+        f'{path.parent.name} is a conditional model; '
+        f'fix: pass labels, a tuple of {", ".join(label_fields)} for each image')
+    if labels is not None and not label_fields: raise ValueError(
+        f'{path.parent.name} is an unconditional model; fix: pass n, not labels')
+
 # %% ../../nbs/3_gans/35_gan.ipynb #6e985c37
 def sample_checkpoint(
     path:Path, # A checkpoint, or the folder of one
@@ -464,11 +473,7 @@ def sample_checkpoint(
     load_checkpoint(path, {'gen': generator})
 
     label_fields = config.get('label_fields')
-    if label_fields and labels is None: raise ValueError(
-        f'{path.parent.name} is a conditional model; '
-        f'fix: pass labels, a tuple of {", ".join(label_fields)} for each image')
-    if labels is not None and not label_fields: raise ValueError(
-        f'{path.parent.name} is an unconditional model; fix: pass n, not labels')
+    _check_labels(path, labels, label_fields)
     if labels is not None: n = len(labels)
     noise = np.random.default_rng(seed).standard_normal((n, 256), dtype=np.float32)
     inputs = [torch.from_numpy(noise)]

@@ -144,7 +144,7 @@ def search_hyperparameters(
     extractor:str='resnet50', # As in `extractor_name`
     seed:int=0, # Seed of weights, noise and trials
     device:str='auto', # Where to train
-    max_minutes:float=0, # Stop early if a model's trials would take longer; 0 for no limit
+    max_minutes:float=0, # Raise an error if a model's trials would take longer; 0 for no limit
 )->pd.DataFrame: # From `collect_trials`
     "Search hyperparameters of both models, and write `trials.csv` and `best_hyperparameters.json`"
     out = Path(out)

@@ -30,7 +30,7 @@ class WGANGPConfig:
     device:str='auto' # `cuda`, `cpu`, or `auto` for a GPU if there is one
     log_every:int=20 # Steps between two records of the log
     tensorboard:bool=False # Whether to log for TensorBoard, too
-    max_minutes:float=0. # Stop early if training would take longer than this; 0 for no limit
+    max_minutes:float=0. # Raise an error if the work would take longer; 0 for no limit
 
 # %% ../../nbs/3_gans/34_gan_settings.ipynb #edc89bb0
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ACGANConfig:
     log_every:int=100 # Steps between two records of the log
     tensorboard:bool=False # Whether to log for TensorBoard, too
     compile:bool=False # Whether to compile the losses (CUDA)
-    max_minutes:float=0. # Stop early if training would take longer than this; 0 for no limit
+    max_minutes:float=0. # Raise an error if the work would take longer; 0 for no limit
 
 # %% ../../nbs/3_gans/34_gan_settings.ipynb #5a9cd1d6
 @dataclass(frozen=True)
@@ -78,4 +78,4 @@ class TACGANConfig:
     log_every:int=100 # Steps between two records of the log
     tensorboard:bool=False # Whether to log for TensorBoard, too
     compile:bool=False # Whether to compile the losses (CUDA)
-    max_minutes:float=0. # Stop early if training would take longer than this; 0 for no limit
+    max_minutes:float=0. # Raise an error if the work would take longer; 0 for no limit

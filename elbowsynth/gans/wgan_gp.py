@@ -398,7 +398,7 @@ def merge_samples(
         checkpoints = sorted((folder/output).iterdir())
         for epoch in epochs if checkpoints else []:
             # With fewer images than a batch, one step can pass two checkpoints;
-            # then only the later one was saved and stands for both
+            # then only the later one was saved; it counts for both
             source = next(p for p in checkpoints if p.name.isdigit() and int(p.name)>=epoch)
             shutil.copytree(source, part/f'{epoch:04d}', dirs_exist_ok=True)
     shutil.rmtree(done, ignore_errors=True)

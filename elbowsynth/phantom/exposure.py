@@ -22,10 +22,10 @@ ATTENUATION = {                   # 1/cm at 30, 35, 40, 50 and 60 keV; density i
     'soft':    (.4018, .3276, .2849, .2400, .2171),   # 1.06
     'fat':     (.2910, .2511, .2276, .2017, .1875),   # .95
     'marrow':  (.2950, .2560, .2330, .2070, .1930),   # yellow
-    # calcium sulfate, 2.32; a cast has a third of that
+    # solid calcium sulfate, 2.32; a cast has a third of this density
     'plaster': (4.353, 2.895, 2.071, 1.249, .8790),
     'lead':    (344., 230., 163., 91., 57.)}
-SPECTRUM = (.25, .25, .25, .17, .08) # Share of each energy in the beam
+SPECTRUM = (.25, .25, .25, .17, .08) # Weight of each photon energy in the detector signal
 
 def transmission(
     bone, # Cortical bone, cm
@@ -70,7 +70,7 @@ class Projection:
     flexion:float # Degrees that the elbow is bent
     rotation:np.ndarray # (3, 3), rows: right in the image, down in the image, direction of the rays
     joint:tuple # Where the joint is, as fractions of the image's width and height
-    width:float # Of the image, mm of an adult arm
+    width:float # Image width in mm, at the scale of an adult arm; the rays are parallel
 
     def beam(self, size):
         "The rays of an image of `size` x `size` pixels"
@@ -111,20 +111,20 @@ def sample_projection(
 def bone_thickness(
     parts:list[Part], # All parts of an arm, posed
     beam:Beam, # The rays of the image
-)->tuple: # (h, w) mm of cortex, of spongy bone, of both; (h, w) label map
+)->tuple: # (h, w) mm of cortex, of trabecular bone, of both; (h, w) label map
     "Sum the bones that each ray passes"
     shape = beam.v.size, beam.u.size
     strip = max(48, 2**16//shape[1])  # rows that fit into a processor's cache
     labels = np.zeros(shape, np.uint8)
-    cortex, spongy, volume = np.zeros((3, *shape), np.float32)
+    cortex, trabecular, volume = np.zeros((3, *shape), np.float32)
     for part in parts:
         if part.structure not in BONES: continue
         window, outer, marrow = path_length(part, beam, strip)
         cortex[window] += outer-marrow
-        spongy[window] += marrow
+        trabecular[window] += marrow
         volume[window] += outer
         labels[window][outer>.5] = BONES.index(part.structure)+1
-    return cortex, spongy, volume, labels
+    return cortex, trabecular, volume, labels
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #a3c90004
 def gaussian_blur(
@@ -139,12 +139,12 @@ def gaussian_blur(
 # %% ../../nbs/1_phantom/13_exposure.ipynb #fb3f955b
 def add_trabeculae(
     cortex:np.ndarray, # (h, h) mm
-    spongy:np.ndarray, # (h, h) mm
+    trabecular:np.ndarray, # (h, h) mm
     labels:np.ndarray, # (h, h) label map of the bones
     projection:Projection,
     rng, # Random generator of the texture
 )->np.ndarray: # (h, h) mm, as an equivalent thickness of cortical bone
-    "Cortex and textured spongy bone"
+    "Cortical bone and textured trabecular bone"
     size = len(cortex)
     coarse = min(size, 512)
     px_per_mm = coarse/projection.width
@@ -162,7 +162,7 @@ def add_trabeculae(
     equivalent = np.exp(-(beam.u/40)**2)*np.exp(-(beam.v/40)**2)
     equivalent *= np.float32(.17)
     equivalent += np.float32(.07)
-    equivalent *= spongy
+    equivalent *= trabecular
     equivalent *= texture
     equivalent += cortex
     return equivalent
@@ -175,7 +175,7 @@ def thickness_within(
     parts:list[Part], # All parts of an arm, posed
     structure:str, # `skin` or `muscle`
     beam:Beam, # The rays
-    margin_mm:float=0., # By how much the bodies are enlarged, mm
+    margin_mm:float=0., # By how much the structure is enlarged on all sides, mm
 )->np.ndarray: # (h, w) mm
     "How far each ray runs inside the skin or the muscles"
     intervals = []
@@ -216,8 +216,8 @@ def soft_tissue_thickness(
 def border_pose(
     projection:Projection,
     rng, # Random generator of border and distance
-)->tuple: # Rotation (3, 3) and translation (3,) that move an upright body to a border
-    "A free place at a border: left or right in the AP view, behind or below in the lateral view"
+)->tuple: # Rotation (3, 3) and translation (3,) that move an upright limb to a border
+    "Pose at a border that the arm does not cover: AP, left or right; LAT, right or below"
     right, down, ray = projection.rotation
     x, y = projection.joint
     if projection.view=='AP': borders = [((1-x)*right, -right), (-x*right, right)]
@@ -271,7 +271,7 @@ def plaster_cast(
     beam:Beam, # Coarse rays
     rng, # Random generator of thickness and texture
 )->np.ndarray: # (h, w) mm, as an equivalent thickness of bone
-    "A cast of wound bandage, from the upper arm to the wrist"
+    "A plaster cast (wrapped bandage), from the upper arm to the wrist"
     wall, reach = rng.uniform(3, 5), rng.uniform(75, 110)
     turns = rng.uniform(.25, .5)
     distance = np.hypot(beam.u, beam.v)
@@ -285,7 +285,7 @@ def plaster_cast(
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #7a2577c9
 def add_neighbor(bone, soft, beam, coarse_beam, projection, rng):
-    "Add another arm or ribs to the two maps, in place"
+    "Add adjacent anatomy, another arm or ribs, to the two maps, in place"
     sample = neighboring_arm if rng.random()<.5 else ribs
     for part in sample(projection, rng):
         rays, target = (beam, bone) if part.structure=='neighbor' else (coarse_beam, soft)
@@ -297,21 +297,21 @@ def thickness_maps(
     parts:list[Part], # All parts of an arm, posed
     projection:Projection,
     size:int, # Side of the image in pixels
-    rng, # Random generator of textures and neighbors
-    artifacts:list[str]=(), # Of these, `neighbor` and `cast` are used here
+    rng, # Random generator of textures and adjacent anatomy
+    artifacts:list[str]=(), # Used here: `neighbor` (adjacent anatomy) and `cast`
 )->tuple: # (size, size) mm of bone; (size, size) mm of soft tissue; (size, size) label map
-    "Everything in the image"
+    "Thickness of bone and of soft tissue that each ray passes, and the labels of the bones"
     beam = projection.beam(size)
     coarse_beam = projection.beam(min(size, max(96, size//4)))
     def enlarge(image): return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
-    cortex, spongy, volume, labels = bone_thickness(parts, beam)
+    cortex, trabecular, volume, labels = bone_thickness(parts, beam)
     soft = soft_tissue_thickness(parts, coarse_beam, rng)
-    bone = add_trabeculae(cortex, spongy, labels, projection, rng)
+    bone = add_trabeculae(cortex, trabecular, labels, projection, rng)
     if 'neighbor' in artifacts: add_neighbor(bone, soft, beam, coarse_beam, projection, rng)
     if 'cast' in artifacts: bone += enlarge(plaster_cast(parts, coarse_beam, rng))
     soft = enlarge(soft)
     soft -= volume                                                    # bone displaces soft tissue
-    soft += np.float32(MARROW)*spongy
+    soft += np.float32(MARROW)*trabecular
     return bone, np.maximum(soft, 0, out=soft), labels
 
 # %% ../../nbs/1_phantom/13_exposure.ipynb #1d473914
@@ -323,16 +323,17 @@ def expose(
     scale:float=1., # Size of the arm relative to an adult's
     opening:np.ndarray=1, # (h, h): fraction that collimator and lead marker let pass
 )->np.ndarray: # (h, h): signal relative to the open beam
-    "An exposure"
+    "Detector signal from thickness maps"
     size = len(soft)
     pixel_mm = projection.width/size
     signal = transmission_lookup(bone*np.float32(scale/10), soft*np.float32(scale/10))
     small = cv2.resize(signal, (64, 64), interpolation=cv2.INTER_AREA)
     scatter = gaussian_blur(small, 16/projection.width*64)
-    haze = rng.uniform(.05, .14)
+    scatter_fraction = rng.uniform(.05, .14)
     heel = np.linspace(1, rng.uniform(.8, 1), size, dtype=np.float32)[:, None]
-    signal *= np.float32(1-haze)*heel
-    signal += cv2.resize(np.float32(haze)*scatter, (size, size), interpolation=cv2.INTER_LINEAR)
+    signal *= np.float32(1-scatter_fraction)*heel
+    scatter *= np.float32(scatter_fraction)
+    signal += cv2.resize(scatter, (size, size), interpolation=cv2.INTER_LINEAR)
     signal *= opening
     noise_rng = np.random.Generator(np.random.SFC64(rng.integers(2**32)))
     noise = noise_rng.standard_normal((size, size), np.float32)

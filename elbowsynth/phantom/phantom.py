@@ -316,7 +316,7 @@ def write_phantom_dataset(
     n_patients:int=1392, # Two images each: as many as the paper has
     size:int=1024, # Side of an image in pixels
     seed:int=0, # Another seed, other patients
-    max_minutes:float=0., # Refuse what would take longer; 0 for no limit
+    max_minutes:float=0., # Raise an error if the work would take longer; 0 for no limit
     artifacts:float=1., # Amount of artifacts: 0 for none, 1 for a realistic mix
 )->pd.DataFrame: # The labels table: a row for each image and pathology
     "Write a data set: images, masks, ground truth, and last of all `labels.csv`"

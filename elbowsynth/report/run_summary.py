@@ -27,7 +27,7 @@ METRIC_VARIANTS = METRIC_NAMES | {
 def model_names(
     models, # Folders of models
 )->str: # Separated by commas
-    "The models as readers know them"
+    "The models by their names in the paper"
     return ', '.join(MODEL_NAMES.get(m, m) for m in models)
 
 def format_score(
