@@ -51,7 +51,7 @@ readme: install ## Write README.md from nbs/index.ipynb
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site --readme
 
 prepare: install ## Before a commit: clean the notebooks, export the library, write README.md
-	@PATH="$(CURDIR)/.venv/bin:$$PATH"; nbdev_clean && nbdev_export && $(IN)ruff check -q --select F821,F401 elbowsynth && $(IN)python -m elbowsynth.site --readme && git status --short
+	@PATH="$(CURDIR)/.venv/bin:$$PATH"; nbdev_clean && rm -f elbowsynth/_modidx.py && nbdev_export && $(IN)ruff check -q --select F821,F401 elbowsynth && $(IN)python -m elbowsynth.site --readme && git status --short
 
 lock: install ## Write requirements.lock from settings.ini
 	@sh workflow/lock.sh

@@ -312,7 +312,7 @@ def package_intro(
     names = ', '.join(f'`{name}`' for name in public)
     return f'{lead}. Names that can be imported from `elbowsynth.{folder.name}` itself: {names}.'
 
-# %% ../nbs/9_run/91_site.ipynb #b6c80ff3
+# %% ../nbs/9_run/91_site.ipynb #e9a0aaca
 API_HEADER = '''---
 title: API reference
 description: Every function and class of the library, by subpackage and module.
@@ -320,6 +320,7 @@ description: Every function and class of the library, by subpackage and module.
 
 A name links to its page, where every argument is explained next to an example.'''
 
+# %% ../nbs/9_run/91_site.ipynb #b6c80ff3
 def module_name(
     nb:dict, # A notebook
 )->str: # Such as `data.masks`, or an empty text
@@ -642,7 +643,7 @@ class PageParser(HTMLParser):
         if self.open_code_tags: self.code[-1] += data
         else: self.text.append(data)
 
-# %% ../nbs/9_run/91_site.ipynb #db741037
+# %% ../nbs/9_run/91_site.ipynb #687ac79d
 UNRENDERED = {                              # pattern to the sign that is reported
     r':::': ':::',
     r'\$[^\s$][^$\n]*\$': '$',
@@ -657,6 +658,7 @@ UNRENDERED = {                              # pattern to the sign that is report
     r'\?@': '?@',
     r'^\s*\*\*\w[^*]*\*\*\s*$': '**'}
 
+# %% ../nbs/9_run/91_site.ipynb #db741037
 def link_error(
     link:str, # Address in a page
     page:Path, # The page
@@ -713,11 +715,12 @@ def check_site(
         errors += [f'{path.relative_to(site)}: {e}' for e in page_errors(path, parsed_pages)]
     return errors
 
-# %% ../nbs/9_run/91_site.ipynb #2045cd27
+# %% ../nbs/9_run/91_site.ipynb #3e4a7b5a
 FRONT_DOOR = ('<!doctype html><html lang="en"><title>elbowsynth</title>'
               '<meta http-equiv="refresh" content="0; url=nbs/index.html">'
               '<a href="nbs/index.html">elbowsynth</a></html>\n')
 
+# %% ../nbs/9_run/91_site.ipynb #2045cd27
 def render(
     run:Path=None, # Run to show; None for the committed results
 )->Path: # The front page
@@ -759,7 +762,7 @@ def readme(
     if existing_files: text = drop_dead_links(text, existing_files)
     return f'{README_HEADER}\n\n{rebase_links(text, "nbs")}\n'
 
-# %% ../nbs/9_run/91_site.ipynb #c070f1cd
+# %% ../nbs/9_run/91_site.ipynb #40d9f981
 def _write_readme():
     nbs = root()/'nbs'
     existing_files = {path.relative_to(nbs).as_posix() for path in nbs.rglob('*')}
@@ -767,6 +770,7 @@ def _write_readme():
     with atomic_write(root()/'README.md') as part:
         part.write_text(readme(front['cells'], existing_files), encoding='utf-8')
 
+# %% ../nbs/9_run/91_site.ipynb #c070f1cd
 def main():
     "Command line: render and check the site, write the README, or take over the results of a run"
     parser = argparse.ArgumentParser(prog='python -m elbowsynth.site')

@@ -159,7 +159,7 @@ def test_links_between_notebooks_exist(path):
 
 # How exported code reads
 
-def long_lines(text, limit=110): return [line for line in text.splitlines() if len(line)>limit and 'http' not in line]
+def long_lines(text, limit=100): return [line for line in text.splitlines() if len(line)>limit and 'http' not in line]
 
 def style_errors(text):
     "Statements with more than one idea"

@@ -366,7 +366,7 @@ def polygon_area(
     x,y = polygon.T
     return abs(x@np.roll(y, -1)-y@np.roll(x, -1))/2
 
-# %% ../../nbs/2_data/23_annotations.ipynb #7da0b5e3
+# %% ../../nbs/2_data/23_annotations.ipynb #47d312f1
 def _label_errors(shapes, label_map):
     "Labels without a class, and labels of an unknown class"
     errors = []
@@ -382,6 +382,7 @@ def _label_errors(shapes, label_map):
                           f'expected one of {", ".join(PATHOLOGIES)}')
     return errors
 
+# %% ../../nbs/2_data/23_annotations.ipynb #7da0b5e3
 def _shape_errors(shape, folder, tolerance_px):
     "What is wrong with a shape and its image"
     file, label = shape['file'], shape['label']

@@ -48,7 +48,7 @@ def read_dicom(
     return ds
 
 # %% ../../nbs/2_data/25_dicom.ipynb #5310466d
-# OT and empty are accepted, too: scanned films and exported radiographs often have no other value
+# OT and empty, too: scanned or exported radiographs often have no other modality
 RADIOGRAPH_MODALITIES = ('CR', 'DX', 'RG', 'DR', 'OT', '')
 PHOTOMETRIC_INTERPRETATIONS = ('MONOCHROME1', 'MONOCHROME2', 'RGB', 'YBR_FULL', 'YBR_FULL_422',
                                'YBR_ICT', 'YBR_RCT')

@@ -15,13 +15,14 @@ from .importers import (
 from .dicom import import_dicom
 from .public_datasets import import_fracatlas, import_mura, import_png16, import_yolo
 
-# %% ../../nbs/2_data/27_import_cli.ipynb #2152b7eb
+# %% ../../nbs/2_data/27_import_cli.ipynb #c1ee7f80
 REMARKS = {'n_augmented_copies_dropped': 'augmented copies dropped',
            'n_images_in_several_splits': 'images with copies in several splits',
            'n_hardware': 'with hardware', 'n_cast': 'with a cast',
            'n_multiscan': 'with several views', 'n_for_processing': 'meant for processing',
            'n_burned_in': 'with burned-in annotations'}
 
+# %% ../../nbs/2_data/27_import_cli.ipynb #2152b7eb
 def format_summary(
     result:Imported, # From an importer
     out:Path, # Its folder
@@ -56,7 +57,7 @@ def parse_label_args(
         mapping[word.strip()] = None if value.strip()=='-' else value.strip()
     return mapping
 
-# %% ../../nbs/2_data/27_import_cli.ipynb #34f74918
+# %% ../../nbs/2_data/27_import_cli.ipynb #22d66d82
 IMPORTERS = {'dicom': import_dicom, 'mura': import_mura, 'fracatlas': import_fracatlas,
              'yolo': import_yolo, 'folder': import_folder, 'png16': import_png16}
 ALLOWED_OPTIONS = {
@@ -65,6 +66,7 @@ ALLOWED_OPTIONS = {
     'files': ['fracatlas'], 'body_parts': ['fracatlas'], 'empty_label': ['yolo'],
     'voi_index': ['dicom'], 'prefer_lut': ['dicom'], 'deidentify': ['folder', 'png16']}
 
+# %% ../../nbs/2_data/27_import_cli.ipynb #34f74918
 def build_parser()->argparse.ArgumentParser: # For all importers
     "The parser of the command line"
     parser = argparse.ArgumentParser(
@@ -98,13 +100,14 @@ def build_parser()->argparse.ArgumentParser: # For all importers
         help='omit file names and patient identifiers (folder, png16; dicom always does)')
     return parser
 
-# %% ../../nbs/2_data/27_import_cli.ipynb #1e239fa5
+# %% ../../nbs/2_data/27_import_cli.ipynb #8faf01b4
 def _flag(option):
     "The flag of an option of `ALLOWED_OPTIONS`"
     names = {'labels': 'label', 'columns': 'column', 'body_parts': 'body-part',
              'prefer_lut': 'prefer-windows'}
     return '--'+names.get(option, option.replace('_', '-'))
 
+# %% ../../nbs/2_data/27_import_cli.ipynb #1e239fa5
 def importer_kwargs(
     args:argparse.Namespace, # From `build_parser`
 )->dict: # Keyword arguments of the importer

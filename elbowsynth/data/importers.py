@@ -256,7 +256,7 @@ def apply_overrides(
         completed.append(record | new)
     return completed
 
-# %% ../../nbs/2_data/24_importers.ipynb #5448c185
+# %% ../../nbs/2_data/24_importers.ipynb #02bf14c9
 def _shape_mask(shape, height, width):
     "The mask of one shape, and the size of the image that it was annotated on"
     if 'mask' in shape:
@@ -268,6 +268,7 @@ def _shape_mask(shape, height, width):
     mask = polygon_mask(shape['polygons'], height, width)
     return mask, (shape['height'] or height, shape['width'] or width)
 
+# %% ../../nbs/2_data/24_importers.ipynb #5448c185
 def image_masks(
     record:dict, # With `labels` and `shapes`
     label_map:dict, # From `label_mapping`
@@ -289,9 +290,10 @@ def image_masks(
     if masks and not wanted: raise ValueError('all its labels are dropped by the label mapping')
     return wanted or {'': None}
 
-# %% ../../nbs/2_data/24_importers.ipynb #db9f4842
+# %% ../../nbs/2_data/24_importers.ipynb #5f36318f
 def _sha256(raw): return hashlib.sha256(raw).hexdigest()
 
+# %% ../../nbs/2_data/24_importers.ipynb #db9f4842
 def prepare_output(
     source:Path, # A data set
     out:Path, # Folder to write
@@ -524,7 +526,7 @@ def write_import(
     return write_tables(accepted, rejects, source, out, known_labels, defaults, license,
                         deidentify, previous_files, notes or {})
 
-# %% ../../nbs/2_data/24_importers.ipynb #ee18aba1
+# %% ../../nbs/2_data/24_importers.ipynb #0298e198
 SYNONYMS = {
     'file': ['file', 'filename', 'file name', 'filestem', 'image', 'image id', 'image name', 'path',
              'image path', 'img'],
@@ -538,6 +540,7 @@ SYNONYMS = {
     'mask': ['mask', 'mask file', 'mask path', 'segmentation'],
     'age': ['age', 'patient age', 'age years']}
 
+# %% ../../nbs/2_data/24_importers.ipynb #ee18aba1
 def column_map(
     table_columns:list[str], # Columns of a table, lower case
     columns:dict=None, # Our column to theirs, where it has none of the `SYNONYMS`

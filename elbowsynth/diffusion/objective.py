@@ -106,7 +106,7 @@ def make_batch(
 # %% ../../nbs/4_diffusion/45_objective.ipynb #8056e18a
 class ModelSpec(NamedTuple):
     "What the training loop needs of a model"
-    denoiser:str # Component that is trained to predict the noise: `unet` or `transformer`
+    denoiser:str # Component that predicts noise or velocity: `unet` or `transformer`
     text_encoders:dict # Component to function of (pipe, captions), which returns a tuple of tensors
     sample_timesteps:Callable # From a generator to a noise level, (1,)
     validation_timesteps:list # Noise levels of the validation loss
@@ -137,14 +137,14 @@ def batch_loss(
     batch:Batch,
     cached_embeddings:dict, # Of frozen text encoders, as in `encode_captions`
     config:FineTuneConfig,
-)->tuple: # Losses, (n,); summed squared error and mask area inside, then outside, (n, 4)
+)->tuple: # Losses (n,); sums (n, 4): error inside, area inside, error outside, area outside
     "The loss of each sample, and the squared error inside and outside the mask for the log"
     prompt_embeds = encode_captions(pipe, spec, batch.captions, cached_embeddings)
     model_pred, target, loss_weights = spec.predict(pipe, batch, prompt_embeds)
     mask = batch.latent_mask.to(target)
     unmasked_weight = config.unmasked_weight if config.mask_weighted_loss else 1.
     losses = masked_mse(model_pred, target, mask, unmasked_weight)
-    if config.normalize_masked_area_loss:
+    if config.normalize_masked_area_loss:   # here, since it also applies to a plain loss
         losses = losses/mask.clamp(config.unmasked_weight, 1).mean((1, 2, 3))
     squared_error = (model_pred.detach().to(target)-target).square().mean(1, keepdim=True)
     sums = [squared_error*mask, mask, squared_error*(1-mask), 1-mask]

@@ -19,7 +19,7 @@ def noise_baseline(
     seed:int=0, # Seed of the noise
     first_index:int=0, # Index of the first image in the whole set, whose noise it gets
 )->np.ndarray: # (n, h, w), uint8
-    "Replace images, or their masked regions, by uniform noise."
+    "Replace images, or their masked regions, by uniform noise"
     noise = []
     for i,real in enumerate(images, first_index):
         rng = np.random.default_rng([seed, i])
@@ -32,7 +32,7 @@ def mean_fill(
     images:np.ndarray, # Real images, (n, h, w), uint8
     masks:np.ndarray, # (n, h, w), uint8, white where to fill
 )->np.ndarray: # (n, h, w), uint8
-    "Fill each mask with the mean of the unmasked pixels, or with 127 if all are masked."
+    "Fill each mask with the mean of the unmasked pixels, or with 127 if all are masked"
     filled = []
     for real,mask in zip(images, masks):
         masked = mask>127
@@ -47,7 +47,7 @@ def telea_inpaint(
     size:int=256, # Side in pixels at which to inpaint; smaller images are not enlarged
     radius:float=3, # Neighborhood of each filled pixel, in pixels
 )->np.ndarray: # (n, h, w), uint8
-    "Fill each mask from its boundary inwards (Telea, 2004)."
+    "Fill each mask from its boundary inwards (Telea, 2004)"
     filled = []
     for real,mask in zip(images, masks):
         masked = mask>127
@@ -68,7 +68,7 @@ def _reconstruct(
     vae, # An autoencoder of diffusers
     encoder_dtype:torch.dtype, # As in `vae_reconstruct`
 )->np.ndarray: # (n, h, w), uint8
-    "Encode and decode one batch with an autoencoder of diffusers."
+    "Encode and decode one batch with an autoencoder of diffusers"
     weight = next(vae.parameters())
     x = to_tensor(images).to(weight.device, weight.dtype).expand(-1, 3, -1, -1)
     autocast = contextlib.nullcontext()
@@ -87,7 +87,7 @@ def vae_reconstruct(
     batch_size:int=1, # Images per forward pass
     encoder_dtype:torch.dtype=None, # Autocast type of the encoder; no autocast if None
 )->np.ndarray: # (n, h, w), uint8
-    "Encode and decode images with an autoencoder, using the mode of the latent distribution."
+    "Encode and decode images with an autoencoder, using the mode of the latent distribution"
     vae = getattr(vae, 'vae', vae)
     if hasattr(vae, 'encode'):
         starts = range(0, len(images), batch_size)
@@ -107,7 +107,7 @@ def load_autoencoders(
     device:str='auto', # Where to compute; `auto` is cuda if there is one
     base_dir:Path='.', # Start of relative folders
 )->dict: # Name to autoencoder
-    "Load autoencoders for `vae_reconstruct` from safetensors files."
+    "Load autoencoders for `vae_reconstruct` from safetensors files"
     device = get_device(device)
     autoencoders = {}
     for spec in specs:
@@ -134,7 +134,7 @@ def matched_real_images(
     candidates:pd.DataFrame, # Pairs to choose from, with the same columns
     seed:int=0, # Seed for the choice among equals
 )->list[str]: # An image of `candidates` for each pair
-    "Choose a real image of another patient for each pair, with the same label if there is one."
+    "Choose a real image of another patient for each pair, with the same label if there is one"
     tie_break = np.random.default_rng(seed).random(len(candidates))
     times_used = {}
     chosen = []
@@ -156,14 +156,14 @@ def matched_real_images(
 def boundary_width(
     size:int, # Side of the images in pixels
 )->int: # Pixels to each side of the mask's edge, at least one
-    "Half the width of the boundary region: 16 pixels at 1024, in proportion at other sizes."
+    "Half the width of the boundary region: 16 pixels at 1024, in proportion at other sizes"
     return max(1, round(16*size/1024))
 
 def region_masks(
     masks:np.ndarray, # (n, h, w), uint8, white inside
     width:int=None, # Pixels to each side of the edge; `boundary_width` if None
 )->dict[str,np.ndarray]: # inside, boundary and outside, each (n, h, w), bool
-    "Divide images into the mask, its boundary and the rest."
+    "Divide images into the mask, its boundary and the rest"
     width = width or boundary_width(min(masks.shape[1:]))
     inside = masks>127
     boundary = np.zeros(masks.shape, bool)

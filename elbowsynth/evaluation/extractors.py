@@ -28,7 +28,7 @@ def as_image_batch(
     images, # (n, h, w), floats in [0, 1]
     name:str='x', # Name of the images in error messages
 )->torch.Tensor: # (n, h, w), float32, or float64 if the input is float64
-    "Convert images to a tensor, or raise an error that names the wrong image."
+    "Convert images to a tensor, or raise an error that names the wrong image"
     if isinstance(images, (list, tuple)): _check_equal_sizes(images, name)
     x = images if torch.is_tensor(images) else np.ascontiguousarray(images)
     x = torch.as_tensor(x)
@@ -54,7 +54,7 @@ TORCHVISION_WEIGHTS = ('IMAGENET1K_V1', 'IMAGENET1K_V2')
 def extractor_name(
     extractor:str, # An extractor of the table above, such as `resnet50` or `xrv:FILE`
 )->str: # Network and weights; for a file its name and the start of its SHA-256
-    "The full name of an extractor, as written to result files."
+    "The full name of an extractor, as written to result files"
     network,_,weights = extractor.partition(':')
     known = network in EXTRACTORS
     if network=='efficientnet_lite0' and weights: known = False
@@ -79,7 +79,7 @@ def extractor_name(
 def state_dict(
     weights:str, # A file, .safetensors or written by `torch.save`
 )->dict: # Names to tensors
-    "Read a state dict from disk without executing anything."
+    "Read a state dict from disk without executing anything"
     if Path(weights).suffix=='.safetensors':
         from safetensors.torch import load_file
         return load_file(weights)
@@ -94,7 +94,7 @@ def state_dict(
 def resnet50_weights(
     weights:str, # `IMAGENET1K_V1`, `IMAGENET1K_V2` or a file
 )->dict: # A state dict
-    "Weights of a ResNet-50 from a file or, by name, from torchvision, which downloads them once."
+    "Weights of a ResNet-50 from a file or, by name, from torchvision, which downloads them once"
     if Path(weights).is_file(): return state_dict(weights)
     from torchvision.models import ResNet50_Weights
     published = ResNet50_Weights[weights]
@@ -110,7 +110,7 @@ def resnet50_weights(
 def radimagenet_weights(
     weights:dict, # Either of the two state dicts
 )->tuple[dict,bool]: # State dict with torchvision's names; whether it is the port from Keras
-    "Convert weights of RadImageNet to torchvision's ResNet-50."
+    "Convert weights of RadImageNet to torchvision's ResNet-50"
     names = {
         '0': 'conv1', '1': 'bn1', '4': 'layer1', '5': 'layer2', '6': 'layer3', '7': 'layer4'}
     converted = {}
@@ -134,7 +134,7 @@ def load_weights(
     name:str, # Name of the weights in error messages
     optional_prefixes:tuple=(), # Prefixes of tensors that may be absent or superfluous
 )->torch.nn.Module: # The same network with these weights
-    "Load weights into a network, or raise an error that lists what does not fit."
+    "Load weights into a network, or raise an error that lists what does not fit"
     expected = model.state_dict()
     wrong = []
     for key,tensor in expected.items():
@@ -158,7 +158,7 @@ def build_resnet50(
     weights:str, # `IMAGENET1K_V1`, `IMAGENET1K_V2` or a file
     variant:str, # `resnet50` or `radimagenet`
 )->tuple: # Network; mean and standard deviation of its input, one for each channel
-    "A ResNet-50 without its classifier."
+    "A ResNet-50 without its classifier"
     from torchvision.models import resnet50
     tensors, from_keras = resnet50_weights(weights), False
     if variant=='radimagenet': tensors, from_keras = radimagenet_weights(tensors)
@@ -178,7 +178,7 @@ def build_resnet50(
 def build_densenet121(
     weights:str, # A file
 )->tuple: # Network; mean and standard deviation of its input
-    "TorchXRayVision's DenseNet-121 without its classifier."
+    "TorchXRayVision's DenseNet-121 without its classifier"
     from torchvision.models import densenet121
     model = densenet121()
     model.features.conv0 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
@@ -193,7 +193,7 @@ def load_extractor(
     extractor:str, # As in `extractor_name`
     device:str='cpu', # Torch device
 )->tuple: # A network from (n, 3, 224, 224) to (n, d); mean and standard deviation of its input
-    "Load a network for `features`, once for each session."
+    "Load a network for `features`, once for each session"
     name,_,weights = extractor.partition(':')
     extractor_name(extractor)                                       # raises if unknown
     if name=='efficientnet_lite0':
@@ -215,7 +215,7 @@ def features(
     device:str='cpu', # Torch device
     batch_size:int=0, # Images per forward pass; 0 for 16 on a GPU, 4 or (small network) 1 on a CPU
 )->np.ndarray: # (n, d), float32; d as in `EXTRACTORS`
-    "Feature vectors of images from a pretrained network."
+    "Feature vectors of images from a pretrained network"
     model, mean, std = load_extractor(extractor, device)
     mean = torch.tensor(mean, device=device).view(-1, 1, 1)
     std = torch.tensor(std, device=device).view(-1, 1, 1)
@@ -239,7 +239,7 @@ def cached_features(
     device:str='cpu', # Torch device
     name:str='', # The extractor's full name, if already known
 )->np.ndarray: # (n, d), float32
-    "`features` of images, computed only if they are not in the cache."
+    "`features` of images, computed only if they are not in the cache"
     name = name or extractor_name(extractor)
     cache_dir = Path(cache_dir)
     paths = []

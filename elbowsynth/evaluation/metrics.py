@@ -404,7 +404,7 @@ def best_checkpoints(
     summary:pd.DataFrame, # model, source, epoch, n_pairs and the scores of each checkpoint
     noise_scores:pd.DataFrame, # model, epoch and the scores of noise for the same pairs
     inpainting_models:list[str], # The models that inpaint a mask
-)->pd.DataFrame: # task, metric, model, epoch, n_pairs, score, noise_score and noise_improvement
+)->pd.DataFrame: # The columns of `best_checkpoints.csv` without metadata (see Columns)
     "The best checkpoint of each model by each metric, and its improvement over noise (Table 1)"
     rows = []
     noise_by_checkpoint = noise_scores.set_index(['model', 'epoch'])
@@ -499,7 +499,7 @@ def selected_epoch(
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #71ef1f01
 def checkpoint_selection(
     summary:pd.DataFrame, # As in `summary.csv`
-)->pd.DataFrame: # A row for each model and metric: epoch and test score of three checkpoints
+)->pd.DataFrame: # The columns of `checkpoint_selection.csv` without task and metadata
     "Test scores of the checkpoint best on the test set, the one selected by validation, the last"
     rows = []
     for model,group in summary[summary.source=='samples'].groupby('model', sort=False):
@@ -584,7 +584,7 @@ def mask_region_table(
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #0fdba18c
 def final_checkpoints(
     summary:pd.DataFrame, # As in `summary.csv`
-)->pd.DataFrame: # model, epoch, checkpoint (`selected`, `last` or both) and compared
+)->pd.DataFrame: # model, epoch; checkpoint (selected, last); compared: in tests between models
     "The checkpoints of each model that get intervals and tests"
     rows = []
     for model,group in summary[summary.source=='samples'].groupby('model', sort=False):
@@ -754,7 +754,7 @@ def gather_scores(
 
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #50958fe0
 def scoring_code_hash()->list[float]: # Scores of a few fixed images
-    "Numbers that change when the code that computes scores does"
+    "Fingerprint of the scoring code: the scores of fixed images, which change when the code does"
     a, b = np.random.default_rng(0).random((2, 4, 176, 176), dtype=np.float32)
     set_table = set_metrics(a[:, 0].astype(float), b[:, 0].astype(float), list('abcd'))
     scores = pair_scores(a, b, {'m': a>.5}).mean().tolist()

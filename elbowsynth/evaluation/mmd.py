@@ -42,7 +42,7 @@ def check_feature_sets(
     fy, # Features of the synthetic images, (n, d)
     min_vectors:int=2, # Minimum number of vectors in each set
 )->tuple[np.ndarray,np.ndarray]: # The same as arrays of float32 or float64
-    "Convert two sets of feature vectors to arrays, or raise an error that names the wrong vector."
+    "Convert two sets of feature vectors to arrays, or raise an error that names the wrong vector"
     arrays = []
     for f in fx, fy:
         f = np.asarray(f)
@@ -63,7 +63,7 @@ def l2_normalize(
     vectors:np.ndarray, # Feature vectors, (n, d)
     name:str='f', # Name of the set in error messages
 )->np.ndarray: # (n, d), each of length one
-    "Scale vectors to unit length."
+    "Scale vectors to unit length"
     norms = np.linalg.norm(vectors, axis=1)
     if not norms.all():
         first = int((norms==0).argmax())
@@ -75,7 +75,7 @@ def sq_dists(
     a, # (m, d), numpy or torch
     b, # (n, d), same type as `a`
 ): # (m, n), same type
-    "Squared distance between each row of `a` and each row of `b`."
+    "Squared distance between each row of `a` and each row of `b`"
     d = ((a**2).sum(1)[:, None]+(b**2).sum(1)-2*a@b.T).clip(0)
     return d*(d>=1e-9*d.max())
 
@@ -84,7 +84,7 @@ def median_distance(
     vectors:np.ndarray, # (n, d)
     max_vectors:int=4000, # Vectors to use, evenly spaced
 )->float: # Zero distances do not count
-    "Median distance between two different vectors of a set."
+    "Median distance between two different vectors of a set"
     at = np.linspace(0, len(vectors)-1, min(len(vectors), max_vectors)).round().astype(int)
     vectors = vectors[at].astype(float)
     vectors = vectors-vectors.mean(0)
@@ -99,7 +99,7 @@ def gaussian_kernel(
     normalize:bool=False, # Whether to scale vectors to unit length first
     minus_one:bool=True, # Return k-1, accurate in float32; else k, for centered float64 vectors
 ): # Function of (a, d) and (b, d) that returns (a, b)
-    "Gaussian kernel $e^{-\\|a-b\\|^2/2\\sigma^2}$, minus one unless `minus_one` is false."
+    "Gaussian kernel $e^{-\\|a-b\\|^2/2\\sigma^2}$, minus one unless `minus_one` is false"
     if not sigma>0: raise ValueError(f'sigma is {sigma}; expected a positive bandwidth')
     scale = -1/(2*sigma**2)
     def kernel(a, b):
@@ -116,7 +116,7 @@ def cubic_kernel(
     a:torch.Tensor, # (a, d)
     b:torch.Tensor, # (b, d)
 )->torch.Tensor: # (a, b)
-    "$(a\\cdot b/d+1)^3$, the kernel of the Kernel Inception Distance (Bińkowski et al., 2018)."
+    "$(a\\cdot b/d+1)^3$, the kernel of the Kernel Inception Distance (Bińkowski et al., 2018)"
     return (a@b.T/a.shape[1]+1)**3
 
 # %% ../../nbs/5_evaluation/62_mmd.ipynb #6c2677c4
@@ -126,7 +126,7 @@ def float64_blocks(
     block_size:int=2048, # Vectors per block
     device='cpu', # Torch device
 ): # Yields a slice and its vectors, (block, d)
-    "Iterate over a set in blocks of float64."
+    "Iterate over a set in blocks of float64"
     for start in range(0, len(vectors), block_size):
         at = slice(start, start+block_size)
         block = torch.as_tensor(vectors[at].astype(float), device=device)
@@ -138,7 +138,7 @@ def mean_sq_distance(
     fx:np.ndarray, # (m, d)
     fy:np.ndarray, # (n, d)
 )->float: # Over all pairs of different rows of both sets together
-    "Mean squared distance between any two vectors of two sets."
+    "Mean squared distance between any two vectors of two sets"
     n = len(fx)+len(fy)
     center = fx.mean(0, dtype=float)
     sum_of_squares = 0
@@ -156,7 +156,7 @@ def make_kernel(
     fy:np.ndarray, # Features of the synthetic images, (n, d)
     minus_one:bool=True, # As in `gaussian_kernel`
 ): # Function of (a, d) and (b, d) that returns (a, b)
-    "The kernel of a convention, with its bandwidth fitted if the convention requires it."
+    "The kernel of a convention, with its bandwidth fitted if the convention requires it"
     if convention['kernel']=='cubic': return cubic_kernel
     sigma = convention['sigma']
     if sigma=='mean':
@@ -170,7 +170,7 @@ def make_kernel(
 
 # %% ../../nbs/5_evaluation/62_mmd.ipynb #89da68ea
 def _within_sums(blocks, n, kernel):
-    "Row sums of a symmetric kernel matrix without its diagonal, and the diagonal."
+    "Row sums of a symmetric kernel matrix without its diagonal, and the diagonal"
     sums, diagonal = np.zeros(n), np.zeros(n)
     for at,a in blocks():
         for to,b in blocks():
@@ -189,7 +189,7 @@ def kernel_sums(
     block_size:int=2048, # Vectors per block and side
     device='cpu', # Torch device
 )->dict: # Row sums: xx (m,), yy (n,), both without diagonal; diagonals dx, dy; xy (m,) and yx (n,)
-    "Row sums of the three kernel matrices, in float64 and bounded memory."
+    "Row sums of the three kernel matrices, in float64 and bounded memory"
     options = get_convention(MMD_CONVENTIONS, convention)
     fx,fy = check_feature_sets(fx, fy)
     if options['unit_norm']:
@@ -217,7 +217,7 @@ def mmd2(
     convention:str='median', # A key of `MMD_CONVENTIONS`
     device='cpu', # Torch device
 )->float: # Can be negative if the convention is unbiased
-    "Squared maximum mean discrepancy between two sets of feature vectors."
+    "Squared maximum mean discrepancy between two sets of feature vectors"
     sums = kernel_sums(fx, fy, convention, device=device)
     unbiased = MMD_CONVENTIONS[convention]['unbiased']
     def mean_within(total, diagonal):
@@ -237,7 +237,7 @@ def kid(
     n_subsets:int=100, # Number of subsets
     seed:int=0, # Seed of the draws
 )->float: # Can be negative
-    "Kernel Inception Distance (Bińkowski et al., 2018) on any features."
+    "Kernel Inception Distance (Bińkowski et al., 2018) on any features"
     if subset_size is None: return mmd2(fx, fy, 'KID')
     fx,fy = check_feature_sets(fx, fy)
     rng = np.random.default_rng(seed)
@@ -256,7 +256,7 @@ def prdc(
     k:int=5, # Neighbors inside each ball
     block_size:int=2048, # Vectors per block and side
 )->dict[str,float]: # precision, recall, density, coverage
-    "Fidelity and diversity by nearest neighbors (Naeem et al., 2020)."
+    "Fidelity and diversity by nearest neighbors (Naeem et al., 2020)"
     fx,fy = check_feature_sets(fx, fy, k+1)
     fx,fy = fx.astype(float), fy.astype(float)
     def blocks(f):
@@ -283,7 +283,7 @@ def prdc(
 def vendi(
     vectors, # Feature vectors, (n, d)
 )->float: # From 1 (all equal) to n (all orthogonal)
-    "Vendi score with cosine similarity."
+    "Vendi score with cosine similarity"
     vectors = check_feature_sets(vectors, vectors, 1)[0].astype(float)
     vectors = l2_normalize(vectors)/np.sqrt(len(vectors))
     n, d = vectors.shape
@@ -297,7 +297,7 @@ def fidelity_diversity(
     fx:np.ndarray, # Features of the real images, each image once
     fy:np.ndarray, # Features of the synthetic images
 )->dict[str,float]: # precision, recall, density, coverage (NaN for sets below six) and vendi
-    "Fidelity and diversity of a set of synthetic images."
+    "Fidelity and diversity of a set of synthetic images"
     if min(len(fx), len(fy))>5: by_neighbors = prdc(fx, fy)
     else: by_neighbors = dict.fromkeys(('precision', 'recall', 'density', 'coverage'), np.nan)
     return by_neighbors | {'vendi': vendi(fy)}
@@ -308,7 +308,7 @@ def set_metrics(
     fy:np.ndarray, # Features of the synthetic images
     images:list[str], # Name of each pair's real image
 )->pd.DataFrame: # metric, value, convention and estimator; NaN where the sets are too small
-    "MMD under every convention, KID, precision, recall, density, coverage and Vendi scores."
+    "MMD under every convention, KID, precision, recall, density, coverage and Vendi scores"
     first = np.unique(np.asarray(images), return_index=True)[1]
     enough = len(np.unique(fx.round(3), axis=0))>1 and len(fx)>1
     rows = []

@@ -14,7 +14,7 @@ from .extractors import as_image_batch
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #7651ddb1
 def _gaussian_window(size=11, sigma=1.5):
-    "Weights of a Gaussian window along one side, with sum one."
+    "Weights of a Gaussian window along one side, with sum one"
     weights = np.exp(-(np.arange(size)-size//2)**2/(2*sigma**2))
     return weights/weights.sum()
 
@@ -52,7 +52,7 @@ def filter2d(
     window:np.ndarray, # Weights along one side, an odd number
     reflect:bool=False, # Mirror the image at its border; else windows stay inside
 ): # Same type; smaller by the window unless `reflect`
-    "Weighted mean around each pixel."
+    "Weighted mean around each pixel"
     r = len(window)//2
     if isinstance(images, np.ndarray):
         filtered = cv2.sepFilter2D(images, -1, window, window, borderType=cv2.BORDER_REFLECT_101)
@@ -71,7 +71,7 @@ def ssim_maps(
     reflect:bool=False, # As in `filter2d`
     sample_covariance:bool=False, # Divide variances by n-1 instead of n
 )->tuple: # l·cs and cs at each window
-    "SSIM and its contrast-structure part (Wang et al., 2004, Eq. 13)."
+    "SSIM and its contrast-structure part (Wang et al., 2004, Eq. 13)"
     weights = WINDOWS[window]
     n = len(weights)**2
     correction = n/(n-1) if sample_covariance else 1.
@@ -93,7 +93,7 @@ def check_image_pairs(
     min_size:int, # Minimum side in pixels
     mask=None, # (n, h, w), weights in [0, 1]
 )->list[torch.Tensor]: # Two or, with a mask, three stacks (n, h, w) of one type
-    "Convert two stacks to tensors that can be compared pair by pair."
+    "Convert two stacks to tensors that can be compared pair by pair"
     x,y = as_image_batch(x, 'x'), as_image_batch(y, 'y')
     size = 'x'.join(map(str, x.shape[1:]))
     if x.shape!=y.shape:
@@ -117,7 +117,7 @@ def get_convention(
     conventions:dict, # `SSIM_CONVENTIONS`, `MS_SSIM_CONVENTIONS` or `MMD_CONVENTIONS`
     name:str, # A key of it
 )->dict: # The choices of the convention
-    "A convention by its name."
+    "A convention by its name"
     if name not in conventions:
         raise ValueError(f'unknown convention {name!r}; expected {", ".join(conventions)}')
     return conventions[name]
@@ -127,7 +127,7 @@ def avg_pool(
     images, # An image or a stack
     factor:int, # Side of the squares in pixels; a remainder at the end is dropped
 ): # Same type, smaller by the factor
-    "Means over squares."
+    "Means over squares"
     if factor==1: return images
     h,w = images.shape[-2]//factor, images.shape[-1]//factor
     if not isinstance(images, np.ndarray): return F.avg_pool2d(images[:, None], factor)[:, 0]
@@ -138,7 +138,7 @@ def masked_mean(
     values, # A map with one value for each window, or a stack
     weights=None, # Weights of all pixels or of all windows; equal weights if None
 ): # One value for each map; NaN where all weights are zero
-    "Mean of a map, weighted by a mask."
+    "Mean of a map, weighted by a mask"
     if weights is None: return values.mean((-2, -1))
     r = (weights.shape[-1]-values.shape[-1])//2
     if r: weights = weights[..., r:-r, r:-r]
@@ -152,7 +152,7 @@ def map_pairs(
     device:str='cpu', # Torch device
     batch_size:int=16, # Pairs in a batch, on devices other than a CPU
 )->np.ndarray: # (n, ...)
-    "Apply a function to every pair: image by image on all cores of a CPU, in batches elsewhere."
+    "Apply a function to every pair: image by image on all cores of a CPU, in batches elsewhere"
     n = len(stacks[0])
     if device=='cpu':
         arrays = [o.cpu().numpy() for o in stacks]
@@ -166,7 +166,7 @@ def map_pairs(
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #86af0cd0
 def _pool_factor(images): # (n, h, w)
-    "Factor of piq's downsampling, which brings the shorter side near 256 pixels."
+    "Factor of piq's downsampling, which brings the shorter side near 256 pixels"
     return max(1, round(min(images.shape[1:])/256))
 
 def ssim(
@@ -176,7 +176,7 @@ def ssim(
     convention:str='piq', # A key of `SSIM_CONVENTIONS`
     device:str='cpu', # Torch device
 )->np.ndarray: # (n,)
-    "Structural similarity of each pair, in the full image or inside a mask."
+    "Structural similarity of each pair, in the full image or inside a mask"
     options = get_convention(SSIM_CONVENTIONS, convention)
     stacks = check_image_pairs(x, y, len(WINDOWS[options['window']]), mask)
     factor = _pool_factor(stacks[0]) if options['pool'] else 1
@@ -209,7 +209,7 @@ def downsample2x(
     images, # An image or a stack
     pad:bool=True, # Pad odd sides by repeating the first row and column; else drop the last ones
 ): # Same type, half the size
-    "The next coarser scale."
+    "The next coarser scale"
     odd = images.shape[-2]%2 or images.shape[-1]%2
     if not (pad and odd): return avg_pool(images, 2)
     if isinstance(images, np.ndarray):
@@ -224,7 +224,7 @@ def scale_statistics(
     masks:list, # Weights, each like `x`
     convention:dict, # An entry of `MS_SSIM_CONVENTIONS`
 ): # (..., 1 + masks, 6): means in the full image and in each mask, see below
-    "All factors of MS-SSIM, and SSIM at full resolution."
+    "All factors of MS-SSIM, and SSIM at full resolution"
     means = []
     images = [x, y, *masks]
     for scale in range(5):
@@ -242,7 +242,7 @@ def scale_statistics(
 def combine_scales(
     factors:np.ndarray, # (..., 5): cs at four scales, l·cs at the last
 )->np.ndarray: # (...)
-    "MS-SSIM from its factors; a negative one counts as zero."
+    "MS-SSIM from its factors; a negative one counts as zero"
     return (np.maximum(factors, 0)**np.array(MS_WEIGHTS)).prod(-1)
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #3375fb2d
@@ -253,7 +253,7 @@ def ms_ssim(
     convention:str='piq', # A key of `MS_SSIM_CONVENTIONS`
     device:str='cpu', # Torch device
 )->np.ndarray: # (n,)
-    "Structural similarity of each pair over five scales."
+    "Structural similarity of each pair over five scales"
     options = get_convention(MS_SSIM_CONVENTIONS, convention)
     stacks = check_image_pairs(x, y, options['smallest'], mask)
     def factors_of_pair(x, y, *masks):
@@ -283,7 +283,7 @@ def pair_scores(
     masks:dict=None, # Name to (n, h, w), 1 where it counts
     device:str='cpu', # Torch device
 )->pd.DataFrame: # ssim (piq), ssim_full, ms_ssim, mae; the last three also as NAME_MASK
-    "Every score of each pair; NaN where a mask contains no window."
+    "Every score of each pair; NaN where a mask contains no window"
     masks = masks or {}
     stacks = check_image_pairs(x, y, MS_SSIM_CONVENTIONS['piq']['smallest'])
     dtype = stacks[0].dtype

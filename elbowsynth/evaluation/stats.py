@@ -18,7 +18,7 @@ def group_codes(
     n_rows:int, # Number of rows
     min_groups:int=2, # Minimum number of groups
 )->np.ndarray: # (n,) integers from 0
-    "Encode group names as integers."
+    "Encode group names as integers"
     if groups is None: groups = range(n_rows)
     groups = np.asarray(groups, object)                             # keeps missing names
     if groups.shape!=(n_rows,):
@@ -37,7 +37,7 @@ def group_codes(
 def as_score_matrix(
     values, # (n,) or (n, k), finite
 )->np.ndarray: # (n, k), float64
-    "Convert scores to a matrix, or raise an error that names the wrong row."
+    "Convert scores to a matrix, or raise an error that names the wrong row"
     matrix = np.asarray(values, float)
     if matrix.ndim==1: matrix = matrix[:, None]
     if matrix.ndim!=2 or not len(matrix):
@@ -55,7 +55,7 @@ def cluster_mean(
     values, # (n,)
     groups=None, # (n,) names
 )->dict: # mean, se, df and design_effect
-    "Mean of all rows with a standard error that treats groups as independent."
+    "Mean of all rows with a standard error that treats groups as independent"
     v = as_score_matrix(values)[:, 0]
     codes = group_codes(groups, len(v))
     sums, sizes = np.bincount(codes, v), np.bincount(codes)
@@ -73,7 +73,7 @@ def resample_children(
     parents:np.ndarray, # Parents, possibly repeated
     rng:np.random.Generator,
 )->np.ndarray: # Children
-    "For each parent, draw as many of its children as it has, with replacement."
+    "For each parent, draw as many of its children as it has, with replacement"
     repeated = np.repeat(parents, n_children[parents])
     first_child = np.cumsum(n_children)-n_children
     offset = (rng.random(len(repeated))*n_children[repeated]).astype(int)
@@ -85,7 +85,7 @@ def expanded_percentiles(
     n_clusters:int, # Number of groups that were resampled
     level:float, # Confidence level, such as .95
 )->np.ndarray: # Lower and upper limit
-    "Percentile interval for few groups (Hesterberg, 2015)."
+    "Percentile interval for few groups (Hesterberg, 2015)"
     if not .5<=level<1: raise ValueError(f'level is {level}; expected at least .5 and below 1')
     t_quantile = student.ppf((1-level)/2, n_clusters-1)
     z = t_quantile*np.sqrt(n_clusters/(n_clusters-1))
@@ -93,7 +93,7 @@ def expanded_percentiles(
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #8ecaf9fe
 def _resampled_means(v, codes, n_resamples, rng):
-    "Means of bootstrap samples of groups, (n_resamples, k)."
+    "Means of bootstrap samples of groups, (n_resamples, k)"
     n_groups = codes.max()+1
     columns = [*v.T, np.ones(len(v))]                               # the last one counts rows
     sums = np.stack([np.bincount(codes, column) for column in columns], 1)
@@ -103,7 +103,7 @@ def _resampled_means(v, codes, n_resamples, rng):
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #3f204184
 def _nested_means(v, patients, images, n_resamples, rng):
-    "Means of bootstrap samples of patients, of their images and of their pairs, from sorted rows."
+    "Means of bootstrap samples of patients, of their images and of their pairs, from sorted rows"
     n_patients = patients.max()+1
     changes = (np.diff(patients)!=0)|(np.diff(images)!=0)
     first_rows = np.flatnonzero(np.r_[True, changes])               # of each image
@@ -128,7 +128,7 @@ def cluster_bootstrap(
     n_resamples:int=2000, # Bootstrap samples
     seed:int=0, # Seed of the resampling
 )->dict: # estimate, ci_low, ci_high, se, n, n_clusters
-    "Confidence interval for a mean, or for a function of means, by resampling patients."
+    "Confidence interval for a mean, or for a function of means, by resampling patients"
     v = as_score_matrix(values)
     rng = np.random.default_rng(seed)
     if patients is None: patients = images
@@ -157,7 +157,7 @@ def between_group_kernel_sums(
     kernel, # Symmetric function of two blocks of vectors, such as `gaussian_kernel(1.)`
     block_size:int=2048, # Vectors per block
 )->torch.Tensor: # (n, w), float64
-    "Weighted sums of each vector's kernel with all vectors of other groups."
+    "Weighted sums of each vector's kernel with all vectors of other groups"
     sums = torch.zeros(weights.shape, dtype=torch.float64, device=vectors.device)
     blocks = [slice(i, i+block_size) for i in range(0, len(vectors), block_size)]
     for n,i in enumerate(blocks):
@@ -174,7 +174,7 @@ def group_names(
     n_rows:int, # Number of rows
     set_name:str, # Name of the set, for unique names and error messages
 )->np.ndarray: # (n,) names
-    "Names of groups; unique ones if there are none."
+    "Names of groups; unique ones if there are none"
     if groups is None: groups = [f'{set_name} {i} alone' for i in range(n_rows)]
     names = np.array(groups, object)
     if group_codes(names, n_rows, 1).max(initial=0)<1:
@@ -190,7 +190,7 @@ def stack_sets(
     groups_y=None, # (n,) names; a name that is in both sets is one patient
     device='cpu', # Torch device
 )->tuple[torch.Tensor,np.ndarray,int]: # (m+n, d), (m+n,) integers of groups, m
-    "Concatenate two sets of feature vectors, or raise an error that says what is wrong with them."
+    "Concatenate two sets of feature vectors, or raise an error that says what is wrong with them"
     fx, fy = torch.as_tensor(np.asarray(fx)), torch.as_tensor(np.asarray(fy))
     if fx.ndim!=2 or fy.ndim!=2 or fx.shape[1]!=fy.shape[1]:
         raise ValueError(
@@ -206,7 +206,7 @@ def stack_sets(
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #d78d5c87
 def _leave_one_out_mmd2(sums, codes, m):
-    "MMD² of all patients, then without each of them, from sums with x (column 0) and y (column 1)."
+    "MMD² of all patients, then without each of them, from sums with x (column 0) and y (column 1)"
     n_groups = codes.max()+1
     x, y = slice(0, m), slice(m, None)
     def per_patient(rows, values=None):
@@ -237,7 +237,7 @@ def mmd_jackknife(
     block_size:int=2048, # Vectors per block
     device='cpu', # Torch device
 )->dict: # estimate, ci_low, ci_high, se, n_clusters
-    "Unbiased MMD² over patients, with a jackknife interval that leaves out one patient at a time."
+    "Unbiased MMD² over patients, with a jackknife interval that leaves out one patient at a time"
     vectors,codes,m = stack_sets(fx, fy, groups_x, groups_y, device)
     membership = torch.zeros(len(vectors), 2, dtype=vectors.dtype, device=device)
     membership[:m, 0] = 1
@@ -255,7 +255,7 @@ def mmd_jackknife(
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #210dc712
 def _subsample(membership, fraction, rng):
-    "Mark a fraction of the patients, separately of those in x, in y and in both."
+    "Mark a fraction of the patients, separately of those in x, in y and in both"
     kept = np.zeros(len(membership), bool)
     for kind in np.unique(membership):
         patients = np.flatnonzero(membership==kind)
@@ -275,7 +275,7 @@ def cluster_subsampling(
     n_resamples:int=200, # Subsamples
     seed:int=0, # Seed of the subsampling
 )->dict: # estimate, ci_low, ci_high, se, each shaped like the statistic; n_clusters
-    "Confidence interval for any statistic of one or two sets, from subsamples of the patients."
+    "Confidence interval for any statistic of one or two sets, from subsamples of the patients"
     if not 0<fraction<1: raise ValueError(f'fraction is {fraction}; expected between 0 and 1')
     fx = np.asarray(fx)
     m = len(fx)
@@ -304,7 +304,7 @@ def cluster_subsampling(
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #ec451e1e
 def _p_value(values):
-    "Fraction of values that are at least the first one, up to rounding."
+    "Fraction of values that are at least the first one, up to rounding"
     tolerance = 1e-6*abs(values).max()
     return float((values>=values[0]-tolerance).mean())
 
@@ -320,7 +320,7 @@ def permutation_test(
     block_size:int=2048, # Vectors per block
     device='cpu', # Torch device
 )->dict: # mmd2, p, and the values of all permutations as `null`
-    "Whether two unpaired sets differ: permutation test by patient."
+    "Whether two unpaired sets differ: permutation test by patient"
     vectors,codes,m = stack_sets(fx, fy, groups_x, groups_y, device)
     if np.intersect1d(codes[:m], codes[m:]).size:
         raise ValueError(
@@ -360,7 +360,7 @@ def paired_permutation_test(
     block_size:int=2048, # Vectors per block
     device='cpu', # Torch device
 )->dict: # mmd2, p, and the values of all swaps as `null`
-    "Whether paired sets differ: permutation test that swaps real and synthetic by patient."
+    "Whether paired sets differ: permutation test that swaps real and synthetic by patient"
     if len(fx)!=len(fy):
         raise ValueError(f'{len(fx)} real and {len(fy)} synthetic images; expected pairs')
     if groups is None: groups = np.arange(len(fx))
@@ -380,7 +380,7 @@ def clustered_wilcoxon(
     difference, # (n,) differences of pairs
     groups=None, # (n,) patients
 )->tuple[float,float]: # Rank-biserial correlation; two-sided p-value
-    "Wilcoxon's signed-rank test with one random sign per patient; zero differences are left out."
+    "Wilcoxon's signed-rank test with one random sign per patient; zero differences are left out"
     d = as_score_matrix(difference)[:, 0]
     codes = group_codes(groups, len(d))
     nonzero = d!=0
@@ -410,7 +410,7 @@ def paired_test(
     n_resamples:int=2000, # Bootstrap samples
     seed:int=0, # Seed of the bootstrap
 )->dict: # difference, ci_low, ci_high, prob_superiority, rank_biserial, p, n, n_clusters
-    "Difference between the mean scores of two models, with interval, effect sizes and p-value."
+    "Difference between the mean scores of two models, with interval, effect sizes and p-value"
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape!=b.shape or a.ndim!=1:
         raise ValueError(
@@ -429,7 +429,7 @@ def paired_test(
 def holm_correction(
     p_values, # (k,)
 )->np.ndarray: # (k,), adjusted, in the same order
-    "Adjust p-values for their number (Holm, 1979)."
+    "Adjust p-values for their number (Holm, 1979)"
     p = np.asarray(p_values, float)
     valid = (p>=0)&(p<=1)
     if not valid.all(): raise ValueError(f'p-value {p[~valid][0]}; expected between 0 and 1')
@@ -445,7 +445,7 @@ def insufficient_data_reason(
     images, # A name for each pair
     min_images:int=20, # Minimum number of different images
 )->str: # Empty if there are enough
-    "Why there is no interval."
+    "Why there is no interval"
     n_patients, n_images = len(set(patients)), len(set(images))
     if n_patients<2: return f'too few patients for an interval ({n_patients} of 2)'
     if n_images<min_images: return f'too few images for an interval ({n_images} of {min_images})'
@@ -453,7 +453,7 @@ def insufficient_data_reason(
 
 # %% ../../nbs/5_evaluation/64_stats.ipynb #7ca44573
 def _compare_models(scores_a, scores_b, patients, images, min_images, test_kwargs):
-    "`paired_test` on the pairs that both models have, or the reason why there is none."
+    "`paired_test` on the pairs that both models have, or the reason why there is none"
     scores_a, scores_b = np.asarray(scores_a, float), np.asarray(scores_b, float)
     rows = np.arange(len(scores_a))
     in_both = np.isfinite(scores_a)&np.isfinite(scores_b)
@@ -472,7 +472,7 @@ def paired_tests(
     min_images:int=0, # Number of images below which there is a reason instead of a test
     **test_kwargs, # As in `paired_test`
 )->pd.DataFrame: # metric, model_a, model_b, columns of `paired_test`, reason, p_holm
-    "Test every two models by every metric, with p-values adjusted for the number of tests."
+    "Test every two models by every metric, with p-values adjusted for the number of tests"
     rows = []
     for metric in dict.fromkeys(metric for _,metric in scores):
         models = [model for model,k in scores if k==metric]
@@ -496,7 +496,7 @@ def trend_test(
     groups=None, # (n,) patients
     **bootstrap_kwargs, # As in `cluster_bootstrap`
 )->dict: # slope per epoch, ci_low, ci_high, mean rank_correlation, p, n, n_clusters
-    "Whether the scores of pairs rise or fall during training."
+    "Whether the scores of pairs rise or fall during training"
     v, x = as_score_matrix(scores), np.asarray(epochs, float)
     if v.shape[1]!=len(x) or len(x)<3 or not (np.diff(x)>0).all():
         raise ValueError(
@@ -521,7 +521,7 @@ def set_trend(
     scores, # (e,) of a set, such as MMD², at each checkpoint
     epochs, # (e,)
 )->dict: # tau, p, n
-    "Kendall's rank correlation of the score of a set with the epoch."
+    "Kendall's rank correlation of the score of a set with the epoch"
     v, x = as_score_matrix(scores)[:, 0], as_score_matrix(epochs)[:, 0]
     if len(v)!=len(x) or len(v)<3:
         raise ValueError(
@@ -537,7 +537,7 @@ def tost(
     groups=None, # (n,) patients
     alpha:float=.05, # Probability of a false claim of equivalence
 )->dict: # difference, ci_low and ci_high at level 1-2 alpha, p, equivalent
-    "Equivalence test: two one-sided tests (TOST; Schuirmann, 1987) of a mean difference."
+    "Equivalence test: two one-sided tests (TOST; Schuirmann, 1987) of a mean difference"
     if not margin>0:
         raise ValueError(
             f'margin is {margin}; expected a positive difference, '

@@ -208,7 +208,7 @@ def make_checkpoint_callback(
     return on_checkpoint
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #a7a5a35d
-def _encode_labels(pairs, test, is_validation, label_fields, n_labels):
+def _all_labels(pairs, test, is_validation, label_fields, n_labels):
     "Labels of the training, validation and test pairs"
     tables = (pairs[~is_validation], pairs[is_validation], test)
     return [one_hot_labels(table, label_fields, n_labels) for table in tables]
@@ -241,7 +241,7 @@ def train_conditional_gan(
     label_fields = get_label_fields(config.label_fields)
     field_sizes = [len(values) for values in label_fields.values()]
     is_validation = validation_mask(pairs, config.validation_fraction).values
-    y,validation_y,test_y = _encode_labels(pairs, test, is_validation, label_fields, config.n_labels)
+    y,validation_y,test_y = _all_labels(pairs, test, is_validation, label_fields, config.n_labels)
     validation_names = list(pairs.get('pair', pairs.index)[is_validation])
     _claim_folder(out, config, label_fields, (images[~is_validation], y.numpy()),
                   (list(test.pair), test_y.numpy(), validation_names))

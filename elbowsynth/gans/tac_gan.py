@@ -48,12 +48,12 @@ def tac_generator_losses(
 # %% ../../nbs/3_gans/38_tac_gan.ipynb #59bed8fb
 def tac_gan_step(
     gen:nn.Module, dis:nn.Module, twin:nn.Module, # Networks
-    opt_g, opt_d, opt_c, # Optimizers of generator, discriminator and twin classifier
+    opt_g, opt_d, opt_twin, # Optimizers of generator, discriminator and twin classifier
     x:torch.Tensor, # A batch of real images
     y:torch.Tensor, # Their labels
     pool:torch.Tensor, # Labels for generated images, from `label_pool`
     field_sizes:list[int], # Number of values of each label field
-    d_loss=discriminator_losses, c_loss=label_cross_entropy, # As they are, or compiled
+    d_loss=discriminator_losses, twin_loss_fn=label_cross_entropy, # As they are, or compiled
     g_loss=tac_generator_losses, # As it is, or compiled
 )->dict: # Terms of all losses
     "One step of the discriminator, one of the twin and one of the generator"
@@ -63,8 +63,8 @@ def tac_gan_step(
     d_terms = d_loss(dis, x, y, fake, y_fake, field_sizes, classify_fakes=False)
     optimizer_step(opt_d, sum(d_terms.values()))
 
-    twin_loss = c_loss(twin(fake), y_fake, field_sizes)
-    optimizer_step(opt_c, twin_loss)
+    twin_loss = twin_loss_fn(twin(fake), y_fake, field_sizes)
+    optimizer_step(opt_twin, twin_loss)
 
     y_fake = sample_labels(pool, len(x))
     with no_param_grad(dis, twin):
