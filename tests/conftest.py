@@ -33,6 +33,7 @@ def shared_fixtures(item):
             found.append(f'{name}[{parameters[name]}]' if name in parameters else name)
     return sorted(found)
 
+@pytest.hookimpl(tryfirst=True)                                     # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     if not ALL:
         left_out.extend((i.nodeid, i.get_closest_marker('long').args[0]) for i in items if i.get_closest_marker('long'))
