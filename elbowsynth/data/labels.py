@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'OPTIONAL', 'COLUMN_ALIASES', 'ALIASES', 'LabelsError', 'read_table', 'cell_to_text', 'read_parquet',
-           'normalize_labels', 'row_errors', 'image_errors', 'file_sha256', 'file_fingerprint', 'duplicate_errors',
-           'mask_errors', 'missing_label_errors', 'read_labels', 'write_manifest', 'pair_name', 'read_pairs']
+           'normalize_labels', 'normalize_patient_id', 'row_errors', 'image_errors', 'file_sha256', 'file_fingerprint',
+           'duplicate_errors', 'mask_errors', 'missing_label_errors', 'read_labels', 'write_manifest', 'pair_name',
+           'read_pairs']
 
 # %% ../../nbs/2_data/22_labels.ipynb #a4874ba0
-import csv, hashlib, io, re
+import csv, hashlib, io, re, unicodedata
 import pandas as pd
 from pathlib import Path
 from ..core import atomic_write, parallel_map, progress, require_path
@@ -101,6 +102,15 @@ def normalize_labels(
         plain = [' '.join(v.lower().replace('_', ' ').split()) for v in table[column]]
         table[column] = [aliases.get(p, value) for p,value in zip(plain, table[column])]
     return table.assign(image=[Path(f).stem for f in table.file])
+
+# %% ../../nbs/2_data/22_labels.ipynb #41e0be2d
+def normalize_patient_id(
+    text:str, # A patient identifier, as written
+)->str: # To be compared, not to be written; empty if the identifier is
+    "An identifier without case, leading zeros, an appended issuer and kinds of separators"
+    number = unicodedata.normalize('NFKC', str(text)).split('^^^')[0].casefold()
+    words = re.sub(r'[\W_]+', '-', number).strip('-')
+    return re.sub(r'(?<!\d)0+(?=\d)', '', words)
 
 # %% ../../nbs/2_data/22_labels.ipynb #155f5ca6
 def row_errors(
