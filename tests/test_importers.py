@@ -9,7 +9,7 @@ from elbowsynth.data.labels import LabelsError, read_labels
 from elbowsynth.data.images import read_image, write_png
 from elbowsynth.data.dicom import (
     apply_voi, dicom_error, display_pixels, import_dicom, is_dicom, match_single_term,
-    read_dicom_image, voi_table)
+    read_dicom_image, stored_values, voi_table)
 from elbowsynth.data.importers import (
     difference_hash, encode_png, import_folder, near_duplicate_groups, unique_names)
 from elbowsynth.data.public_datasets import import_fracatlas, import_mura, import_png16, import_yolo
@@ -255,6 +255,98 @@ def test_overlays_are_not_burned_in():
     wide = dict(BitsStored=12, WindowCenter=2048, WindowWidth=4096)
     assert np.array_equal(displayed(dicom_image(in_free_bit, **wide)),
                           displayed(dicom_image(noise(5), **wide)))
+
+SYNTAXES = {'explicit': '1.2.840.10008.1.2.1', 'big endian': '1.2.840.10008.1.2.2',
+            'deflated': '1.2.840.10008.1.2.1.99', 'RLE': '1.2.840.10008.1.2.5',
+            'JPEG 2000': '1.2.840.10008.1.2.4.90', 'JPEG 2000 lossy': '1.2.840.10008.1.2.4.91'}
+
+def with_a_name(path, syntax, signed, low_bit=0, **compression):
+    "A file of 12 bits with a name in an unused bit, as read, and its values without the name"
+    clean = noise(5, 60, 200).astype(np.int64)-2048*signed
+    name = cv2.putText(np.zeros((60, 200), np.uint8), 'ZWEIFEL', (5, 40), 0, 1, 1, 3).astype(bool)
+    assert name.sum()>500
+    bits = (clean & 4095)<<low_bit                                  # two's complement in 12 bits
+    bits |= name.astype(np.int64)<<(15 if not low_bit else 1)
+    container = bits.astype(np.uint16).view(np.int16 if signed else np.uint16)
+    ds = dicom_image(container)
+    ds.file_meta.TransferSyntaxUID = SYNTAXES[syntax]
+    if syntax=='big endian': ds.PixelData = container.byteswap().tobytes()
+    if syntax not in ('explicit', 'big endian', 'deflated'):
+        ds.file_meta.TransferSyntaxUID = SYNTAXES['explicit']
+        ds.compress(SYNTAXES[syntax], encoding_plugin='', **compression)
+    ds.BitsStored, ds.HighBit = 12, 11+low_bit
+    ds.WindowCenter, ds.WindowWidth = 2048-2048*signed, 4096
+    return pydicom.dcmread(save(path, ds)), clean
+
+@pytest.mark.parametrize('signed', [0, 1])
+@pytest.mark.parametrize('syntax', ['explicit', 'big endian', 'deflated', 'RLE', 'JPEG 2000'])
+def test_a_name_in_unused_bits_is_removed_for_every_transfer_syntax(tmp_path, syntax, signed):
+    ds, clean = with_a_name(tmp_path/'in'/'a', syntax, signed)
+    by_hand = np.rint((clean+2048*signed)/4095*65535)
+    assert np.array_equal(displayed(ds), by_hand)
+    result = import_dicom(tmp_path/'in', tmp_path/'out')
+    assert np.array_equal(read_image(tmp_path/'out'/result.labels.file[0]), by_hand)
+    assert result.labels.masked_bits.tolist()==['1']                # reported, not silent
+    assert result.summary['n_masked_bits']==1
+
+@pytest.mark.parametrize('signed', [0, 1])
+@pytest.mark.parametrize('syntax', ['explicit', 'big endian', 'deflated', 'RLE'])
+def test_unused_bits_may_lie_below_those_stored(tmp_path, syntax, signed):
+    "HighBit 15 of 12 stored bits: the lowest four are not part of the image"
+    ds, clean = with_a_name(tmp_path/'a', syntax, signed, low_bit=4)
+    assert np.array_equal(displayed(ds), np.rint((clean+2048*signed)/4095*65535))
+
+def test_bits_that_cannot_be_separated_are_rejected(tmp_path):
+    with_a_name(tmp_path/'in'/'shifted', 'JPEG 2000', 0, low_bit=4)
+    with_a_name(tmp_path/'in'/'lossy', 'JPEG 2000 lossy', 0, j2k_cr=[4])
+    save(tmp_path/'in'/'good', dicom_image(noise(1)))
+    rgb = np.zeros((6, 6, 3), np.uint8)
+    color = dict(PhotometricInterpretation='RGB', PlanarConfiguration=0, Modality='OT')
+    save(tmp_path/'in'/'color', dicom_image(rgb, BitsStored=7, **color))
+    result = import_dicom(tmp_path/'in', tmp_path/'out')
+    reasons = dict(result.rejects.values)
+    assert list(reasons)==['color', 'lossy', 'shifted'] and result.summary['n_images']==1
+    assert 'bits outside of BitsStored, lossily compressed' in reasons['lossy']
+    assert reasons['shifted'].startswith('HighBit')
+    assert reasons['color'].startswith('bit depth not supported')
+
+@pytest.mark.parametrize('name', ['MR_small_jpeg_ls_lossless', 'MR_small_RLE',
+                                  'MR_small_jp2klossless', 'MR_small'])
+@pytest.mark.parametrize('bits', [6, 9, 11])
+def test_bits_stored_limit_the_values_of_real_files(name, bits):
+    "JPEG-LS is not encoded here: a file of 16 bits whose header states fewer"
+    original = pydicom.dcmread(bundled('MR_small.dcm'))
+    pixels = np.frombuffer(original.PixelData, '<i2').reshape(64, 64).astype(int)
+    by_hand = pixels % (1<<bits)
+    by_hand = np.where(by_hand>=1<<bits-1, by_hand-(1<<bits), by_hand)
+    ds = pydicom.dcmread(bundled(f'{name}.dcm'))
+    ds.BitsStored, ds.HighBit = bits, bits-1
+    values, is_foreign = stored_values(ds)
+    assert np.array_equal(values, by_hand)
+    assert np.array_equal(is_foreign, (pixels!=by_hand) & (pixels!=by_hand % (1<<bits)))
+
+def test_lossless_jpeg_is_limited_to_the_bits_stored():
+    path = real('JPEG-LL.dcm')                                      # process 14, 16 bits, signed
+    pixels = pydicom.dcmread(path).pixel_array.astype(int)
+    assert pixels.max()>255
+    ds = pydicom.dcmread(path)
+    ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 5, 4, 0
+    assert np.array_equal(stored_values(ds)[0], pixels % 32)
+
+def test_more_frames_in_the_pixels_than_in_the_header_are_rejected(tmp_path):
+    ds = pydicom.dcmread(bundled('emri_small_RLE.dcm'))             # ten frames
+    ds.NumberOfFrames, ds.Modality = 1, 'DX'
+    with pytest.raises(ValueError, match='pixels of .10, 64, 64., expected .64, 64.'):
+        read_dicom_image(save(tmp_path/'a', ds))
+
+def test_what_the_decoder_warns_of_is_counted(tmp_path):
+    ds = dicom_image(noise(1))
+    ds.PixelData += bytes(30)                                       # excess padding
+    save(tmp_path/'in'/'long', ds)
+    save(tmp_path/'in'/'good', dicom_image(noise(2)))
+    result = import_dicom(tmp_path/'in', tmp_path/'out')
+    assert sorted(result.labels.decoder_warning)==['0', '1']
+    assert result.summary['n_decoder_warning']==1
 
 def test_color_stays_and_gray_in_three_channels_becomes_one():
     rgb = np.zeros((6, 6, 3), np.uint8)

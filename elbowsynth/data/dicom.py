@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['DICOM_PREFIX', 'FIRST_GROUPS', 'FIRST_ELEMENTS', 'IMPLICIT_LITTLE_ENDIAN', 'EXPLICIT_LITTLE_ENDIAN',
-           'EXPLICIT_BIG_ENDIAN', 'RADIOGRAPH_MODALITIES', 'PHOTOMETRIC_INTERPRETATIONS', 'BODY_PARTS',
-           'AMBIGUOUS_VIEWS', 'FOR_PROCESSING_CLASS', 'ANONYMIZED', 'is_dicom', 'read_dicom', 'dicom_error',
-           'voi_table', 'padding_mask', 'apply_voi', 'display_pixels', 'match_single_term', 'dicom_view', 'dicom_side',
-           'pixel_spacing', 'age_years', 'dicom_metadata', 'patient_key', 'read_dicom_image', 'import_dicom']
+           'EXPLICIT_BIG_ENDIAN', 'RADIOGRAPH_MODALITIES', 'PHOTOMETRIC_INTERPRETATIONS', 'LOSSLESS_SYNTAXES',
+           'BODY_PARTS', 'AMBIGUOUS_VIEWS', 'FOR_PROCESSING_CLASS', 'ANONYMIZED', 'is_dicom', 'read_dicom',
+           'DicomError', 'dicom_error', 'stored_values', 'voi_table', 'padding_mask', 'apply_voi', 'display_pixels',
+           'match_single_term', 'dicom_view', 'dicom_side', 'pixel_spacing', 'age_years', 'dicom_metadata',
+           'patient_key', 'decoder_warnings', 'read_dicom_image', 'import_dicom']
 
 # %% ../../nbs/2_data/25_dicom.ipynb #4f9fce16
-import re, warnings
+import contextlib, logging, re, threading, warnings
 import numpy as np, pydicom
 from pathlib import Path
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_windowing, pixel_array
+from pydicom.uid import (
+    HTJ2KLossless, HTJ2KLosslessRPCL, JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1,
+    JPEGLSLossless, RLELossless)
 from .images import MAX_PIXELS
 from elbowsynth.data.importers import (
     drop_equal_channels, Imported, list_files, normalize_term, SIDE_ALIASES, VIEW_ALIASES,
@@ -53,6 +57,23 @@ RADIOGRAPH_MODALITIES = ('CR', 'DX', 'RG', 'DR', 'OT', '')
 PHOTOMETRIC_INTERPRETATIONS = ('MONOCHROME1', 'MONOCHROME2', 'RGB', 'YBR_FULL', 'YBR_FULL_422',
                                'YBR_ICT', 'YBR_RCT')
 
+class DicomError(ValueError): "Why a DICOM file is rejected, without a value that identifies"
+
+def _bits_error(ds):
+    "Why the bits of an image are not supported; empty if they are"
+    allocated, stored = int(ds.BitsAllocated), int(ds.BitsStored)
+    high_bit = int(ds.get('HighBit', stored-1))
+    is_color = ds.get('SamplesPerPixel', 1)==3
+    if stored>16 or is_color and (allocated, stored, high_bit)!=(8, 8, 7):
+        return 'bit depth not supported: more than 16 bits in gray, or not 8 per color channel'
+    if not stored<=high_bit+1<=allocated:
+        return f'HighBit {high_bit} contradicts {stored} bits stored of {allocated}'
+    syntax = ds.file_meta.TransferSyntaxUID
+    is_codestream = syntax.is_compressed and syntax.is_encapsulated and syntax!=RLELossless
+    if is_codestream and high_bit+1!=stored:
+        return f'HighBit {high_bit} of {stored} bits stored is not supported if compressed'
+    return ''
+
 def dicom_error(
     ds:Dataset, # From `read_dicom`
 )->str: # Empty if there is none
@@ -71,10 +92,40 @@ def dicom_error(
     if ds.Rows*ds.Columns>MAX_PIXELS: return f'more than {MAX_PIXELS:,} pixels'
     if ds.get('PhotometricInterpretation', '') not in PHOTOMETRIC_INTERPRETATIONS:
         return 'neither gray nor RGB: its photometric interpretation is not supported'
-    is_deep_color = ds.get('SamplesPerPixel', 1)==3 and ds.BitsAllocated>8
-    if ds.BitsStored>16 or is_deep_color:
-        return 'bit depth not supported: more than 16 bits in gray or 8 per color channel'
-    return ''
+    return _bits_error(ds)
+
+# %% ../../nbs/2_data/25_dicom.ipynb #6f95c21c
+LOSSLESS_SYNTAXES = (HTJ2KLossless, HTJ2KLosslessRPCL, JPEG2000Lossless, JPEGLossless,
+                     JPEGLosslessSV1, JPEGLSLossless, RLELossless)
+
+def _is_lossy(ds):
+    "Whether an image is or was compressed with loss"
+    syntax = ds.file_meta.TransferSyntaxUID
+    is_lossy = syntax.is_encapsulated and syntax not in LOSSLESS_SYNTAXES
+    return is_lossy or ds.get('LossyImageCompression')=='01'
+
+def stored_values(
+    ds:Dataset, # A grayscale DICOM image
+)->tuple[np.ndarray, np.ndarray]: # (rows, columns): values; whether other bits were set, bool
+    "The stored values, without the bits outside of `BitsStored`; raises `DicomError`"
+    decoded = pixel_array(ds, correct_unused_bits=False)
+    if decoded.shape!=(ds.Rows, ds.Columns):
+        raise DicomError(f'damaged: pixels of {decoded.shape}, expected {(ds.Rows, ds.Columns)}')
+    n_bits = int(ds.BitsStored)
+    low_bit = int(ds.get('HighBit', n_bits-1))+1-n_bits
+    max_value = (1<<n_bits)-1
+    bits = decoded.astype(np.int64) & 0xffff
+    values = bits>>low_bit & max_value
+    is_negative = (ds.PixelRepresentation!=0) & (values>>(n_bits-1)==1)
+
+    unused = bits & ~(max_value<<low_bit)
+    sign_extension = 0xffff & ~((1<<(low_bit+n_bits))-1)
+    is_foreign = (unused!=0) & ~(is_negative & (unused==sign_extension))
+    if is_foreign.any() and _is_lossy(ds):
+        raise DicomError('bits outside of BitsStored, lossily compressed: an overlay may be in '
+                         'them; fix: export the image without compression')
+    values = np.where(is_negative, values-(1<<n_bits), values)
+    return values.astype(decoded.dtype), is_foreign
 
 # %% ../../nbs/2_data/25_dicom.ipynb #2b309814
 def voi_table(
@@ -122,10 +173,11 @@ def _is_behind_shutter(ds, shape):
 
 # %% ../../nbs/2_data/25_dicom.ipynb #947ea86a
 def padding_mask(
-    ds:Dataset, # A DICOM image
+    ds:Dataset, # A grayscale DICOM image
+    stored:np.ndarray=None, # Its `stored_values`, if they are known
 )->np.ndarray: # (rows, columns) bool
     "Where the header marks padding or a shutter; all False if it marks the whole image"
-    stored = pixel_array(ds)
+    if stored is None: stored, _ = stored_values(ds)
     outside = _is_padding(ds, stored) | _is_behind_shutter(ds, stored.shape[:2])
     return outside & ~outside.all()
 
@@ -145,16 +197,18 @@ def apply_voi(
     ds:Dataset, # A DICOM image
     voi_index:int=0, # Which of its VOI tables or windows
     prefer_lut:bool=True, # Tables before windows, if it has both
+    stored:np.ndarray=None, # Its `stored_values`, if they are known
 )->tuple[np.ndarray, float, float, str]: # Values before inversion; darkest; brightest; the VOI
-    "Apply modality LUT and VOI LUT; raises ValueError if there is no VOI of this index"
-    values = apply_modality_lut(pixel_array(ds), ds)
+    "Apply modality LUT and VOI LUT; raises `DicomError` if there is no VOI of this index"
+    if stored is None: stored, _ = stored_values(ds)
+    values = apply_modality_lut(stored, ds)
     tables = ds.get('VOILUTSequence') or []
     has_window = ds.get('WindowCenter') is not None and ds.get('WindowWidth') is not None
     use_table = bool(tables) and (prefer_lut or not has_window)
     n_windows = ds['WindowWidth'].VM if has_window else 0
     n = len(tables) if use_table else n_windows
     if n and voi_index>=n:
-        raise ValueError(f'VOI index {voi_index} is out of range: the file has {n} '
+        raise DicomError(f'VOI index {voi_index} is out of range: the file has {n} '
                          'VOI tables or windows, counted from 0')
     if n and use_table:
         is_little_endian = ds.original_encoding[1] is not False
@@ -162,7 +216,7 @@ def apply_voi(
         return *looked_up, f'table {voi_index}'
     windowed = _apply_window(ds, values, voi_index) if n else None
     if windowed: return windowed
-    exposed = values[~padding_mask(ds)]
+    exposed = values[~padding_mask(ds, stored)]
     low, high = float(exposed.min()), float(exposed.max())
     return values, low, high, f'range {low:g} {high:g}'
 
@@ -175,16 +229,21 @@ def display_pixels(
     "An image as a workstation displays it, bone bright on black"
     if ds.get('SamplesPerPixel', 1)==3:
         image = pixel_array(ds, raw=False).astype(np.uint8)
-        return drop_equal_channels(image), {'voi_transform': '', 'inverted': '0'}
-    values, low, high, voi_transform = apply_voi(ds, voi_index, prefer_lut)
+        if image.shape!=(ds.Rows, ds.Columns, 3):
+            raise DicomError(f'damaged: pixels of {image.shape}, expected those of one color image')
+        color = {'voi_transform': '', 'inverted': '0', 'masked_bits': '0'}
+        return drop_equal_channels(image), color
+    stored, is_foreign = stored_values(ds)
+    values, low, high, voi_transform = apply_voi(ds, voi_index, prefer_lut, stored)
     is_inverse = ds.get('PresentationLUTShape')=='INVERSE'
     is_inverted = ds.PhotometricInterpretation=='MONOCHROME1' or is_inverse
     unit = np.clip((np.asarray(values, float)-low)/max(high-low, 1e-9), 0, 1)
     if is_inverted: unit = 1-unit
-    unit = np.where(padding_mask(ds), 0, unit)
+    unit = np.where(padding_mask(ds, stored), 0, unit)
     if ds.BitsStored>8: image = np.rint(unit*65535).astype(np.uint16)
     else: image = np.rint(unit*255).astype(np.uint8)
-    return image, {'voi_transform': voi_transform, 'inverted': str(int(is_inverted))}
+    return image, {'voi_transform': voi_transform, 'inverted': str(int(is_inverted)),
+                   'masked_bits': str(int(is_foreign.any()))}
 
 # %% ../../nbs/2_data/25_dicom.ipynb #01360230
 BODY_PARTS = ['ELBOW', 'FOREARM', 'HUMERUS', 'ARM', 'UPPERARM', 'UPPEREXTREMITY', 'EXTREMITY',
@@ -290,14 +349,32 @@ def patient_key(
     elif _is_identifying(name): patient = f'{name}|{stripped("PatientBirthDate")}'
     return patient, str(ds.get('StudyInstanceUID') or '')
 
+# %% ../../nbs/2_data/25_dicom.ipynb #3ced87f5
+class _ThreadLog(logging.Handler):
+    "Collects the messages that one thread logs"
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.thread, self.messages = threading.get_ident(), []
+
+    def emit(self, record):
+        if record.thread==self.thread: self.messages.append(record.getMessage())
+
+@contextlib.contextmanager
+def decoder_warnings():
+    "The warnings that pydicom logs in this thread; they may quote the header"
+    log, logger = _ThreadLog(), logging.getLogger('pydicom')
+    logger.addHandler(log)
+    try: yield log.messages
+    finally: logger.removeHandler(log)
+
 # %% ../../nbs/2_data/25_dicom.ipynb #0e5403a6
 def read_dicom_image(
     path:Path, # A file
     voi_index:int=0, # Which of its VOI tables or windows
     prefer_lut:bool=True, # Tables before windows
 )->tuple[np.ndarray, dict]: # Pixels; metadata, with the patient key in memory
-    "Read a DICOM radiograph; raises ValueError with a reason that holds no value of the header"
-    if not is_dicom(path): raise ValueError('not a DICOM file')
+    "Read a DICOM radiograph; raises `DicomError` with a reason that identifies nobody"
+    if not is_dicom(path): raise DicomError('not a DICOM file')
     try:
         ds = read_dicom(path)
         error = dicom_error(ds)
@@ -305,14 +382,15 @@ def read_dicom_image(
         patient, study = patient_key(ds)
     except Exception as e:
         error_type = type(e).__name__
-        raise ValueError(f'damaged: its header cannot be read ({error_type})') from None
-    if error: raise ValueError(error)
-    try: image, voi = display_pixels(ds, voi_index, prefer_lut)
+        raise DicomError(f'damaged: its header cannot be read ({error_type})') from None
+    if error: raise DicomError(error)
+    try:
+        with decoder_warnings() as messages: image, voi = display_pixels(ds, voi_index, prefer_lut)
+    except DicomError: raise
     except Exception as e:
-        is_voi_index = type(e) is ValueError and str(e).startswith('VOI index')
-        reason = f'damaged: its pixels cannot be decoded ({type(e).__name__})'
-        raise ValueError(str(e) if is_voi_index else reason) from None
-    extra = metadata['extra'] | voi
+        error_type = type(e).__name__
+        raise DicomError(f'damaged: its pixels cannot be decoded ({error_type})') from None
+    extra = metadata['extra'] | voi | {'decoder_warning': str(int(bool(messages)))}
     return image, metadata | {'patient': patient, 'study': study, 'extra': extra}
 
 # %% ../../nbs/2_data/25_dicom.ipynb #b5732d8a
@@ -328,6 +406,7 @@ def import_dicom(
     records = [{'file': f} for f in files]
     def read(path): return read_dicom_image(path, voi_index, prefer_lut)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                             # they quote header values
+        # They quote header values; those of the decoder are counted instead.
+        warnings.simplefilter('ignore')
         return write_import(records, source, out, reader=read, deidentify=True, rejects=rejects,
                             notes={'format': 'DICOM'}, **kwargs)

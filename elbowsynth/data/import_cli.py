@@ -20,7 +20,9 @@ REMARKS = {'n_augmented_copies_dropped': 'augmented copies dropped',
            'n_images_in_several_splits': 'images with copies in several splits',
            'n_hardware': 'with hardware', 'n_cast': 'with a cast',
            'n_multiscan': 'with several views', 'n_for_processing': 'meant for processing',
-           'n_burned_in': 'with burned-in annotations'}
+           'n_burned_in': 'with burned-in annotations',
+           'n_masked_bits': 'with bits removed that do not belong to the image (look at them)',
+           'n_decoder_warning': 'that the decoder warned of (look at them)'}
 
 # %% ../../nbs/2_data/27_import_cli.ipynb #2152b7eb
 def format_summary(
