@@ -1,13 +1,16 @@
 "The three GANs: optimized training against the plain version, resumption after kill -9, divergence, and which network each loss trains"
-import copy, json, os, signal, subprocess, sys, time
+import copy, hashlib, json, os, signal, subprocess, sys, time
+from dataclasses import fields, replace
 import numpy as np, pandas as pd
 import pytest, torch
 from torch import nn
 from safetensors.torch import load_file
 from conftest import ROOT
+from elbowsynth.data.classes import PATHOLOGIES as ALL_PATHOLOGIES
+from elbowsynth.data.images import read_image
 from elbowsynth.gans import ac_gan, gan, tac_gan, wgan_gp
-from elbowsynth.gans.gan import (
-    adam, label_cross_entropy, one_hot_labels, optimizer_step, sample_checkpoint, UpConv)
+from elbowsynth.gans.gan import adam, one_hot_labels, sample_checkpoint, UpConv
+from elbowsynth.gans.settings import ACGANConfig, TACGANConfig, WGANGPConfig
 from elbowsynth.training import (
     batch_indices, load_checkpoint, previous_checkpoint, TrainingDiverged)
 
@@ -92,13 +95,102 @@ def test_fused_generator_equals_the_generator_of_the_tables(model, monkeypatch):
         results.append([net_copy(*inputs).detach(), *gradients, *buffers])
     assert_close(*results, 1e-10)
 
+# Labels and the terms of each loss, against formulas written here
+
+def one_hot_by_hand(pairs):
+    "14 pathologies, 2 views, 2 sides"
+    labels = np.zeros((len(pairs), 18), np.float32)
+    for row,pair in enumerate(pairs.itertuples()):
+        labels[row, ALL_PATHOLOGIES.index(pair.pathology)] = 1
+        labels[row, 14+['AP', 'LAT'].index(pair.view)] = 1
+        labels[row, 16+['L', 'R'].index(pair.side)] = 1
+    return labels
+
+def cross_entropy_by_hand(logits, labels, bounds=(0, 14, 16, 18)):
+    "Summed over the label fields, averaged over the images"
+    total = 0.
+    for start,end in zip(bounds, bounds[1:]):
+        exponentials = np.exp(logits[:, start:end])
+        probabilities = exponentials/exponentials.sum(1, keepdims=True)
+        total -= np.log((probabilities*labels[:, start:end]).sum(1)).mean()
+    return total
+
+class LookupNet:
+    "Scores and logits from a table: an image is the number of its row"
+    def __init__(self, n, seed):
+        rng = np.random.default_rng(seed)
+        self.scores, self.logits = rng.normal(0, 3, (n, 1)), rng.normal(0, 2, (n, 18))
+    def __call__(self, x):
+        rows = x.flatten().long().numpy()
+        return torch.from_numpy(self.scores[rows]), torch.from_numpy(self.logits[rows])
+
+@pytest.fixture(scope='module')
+def lookup():
+    "A discriminator, a twin, four real images (rows 0 to 3) with labels and four generated ones (4 to 7) with other labels"
+    dis,twin = LookupNet(8, 0), LookupNet(8, 1)
+    labels = one_hot_by_hand(PAIRS)
+    y,y_fake = labels[:4], labels[[5, 2, 7, 4]]
+    assert (y!=y_fake).any(1).all()
+    x,fake = torch.arange(8.).reshape(2, 4, 1)
+    return dis, twin, x, fake, torch.from_numpy(y).double(), torch.from_numpy(y_fake).double()
+
+def values_of(terms): return {name: value.item() for name,value in terms.items()}
+
+def test_labels_are_one_hot_in_the_order_of_the_tables():
+    assert np.array_equal(one_hot_labels(PAIRS).numpy(), one_hot_by_hand(PAIRS))
+
+@pytest.mark.parametrize('classify_fakes', [True, False])
+def test_terms_of_the_discriminator(lookup, classify_fakes):
+    dis,_,x,fake,y,y_fake = lookup
+    terms = ac_gan.discriminator_losses(dis, x, y, fake, y_fake, FIELD_SIZES, classify_fakes)
+    expected = {'d_loss_real': np.log(1+np.exp(-dis.scores[:4])).mean(),
+                'd_loss_fake': np.log(1+np.exp(dis.scores[4:])).mean(),
+                'd_class_real': cross_entropy_by_hand(dis.logits[:4], y.numpy())}
+    if classify_fakes: expected['d_class_fake'] = cross_entropy_by_hand(dis.logits[4:], y_fake.numpy())
+    assert values_of(terms)==pytest.approx(expected, rel=1e-9)
+
+def test_terms_of_the_conditional_generators(lookup):
+    dis,twin,_,fake,_,y_fake = lookup
+    expected = {'g_adv': np.log(1+np.exp(-dis.scores[4:])).mean(),
+                'g_class': cross_entropy_by_hand(dis.logits[4:], y_fake.numpy())}
+    terms = ac_gan.generator_losses(dis, fake, y_fake, FIELD_SIZES)
+    assert values_of(terms)==pytest.approx(expected, rel=1e-9)
+    expected['g_twin'] = -cross_entropy_by_hand(twin.logits[4:], y_fake.numpy())
+    def twin_logits(x): return twin(x)[1]
+    terms = tac_gan.tac_generator_losses(dis, twin_logits, fake, y_fake, FIELD_SIZES)
+    assert values_of(terms)==pytest.approx(expected, rel=1e-9)
+
+def test_terms_of_the_critic():
+    "A critic of half the squared norm has the image itself as gradient; real and generated images are the same for the penalty, so that the position between them does not matter"
+    def critic(x): return x.square().flatten(1).sum(1, keepdim=True)/2
+    rng = np.random.default_rng(0)
+    real,fake = rng.normal(0, .4, (2, 5, 1, 4, 4))
+    norms = np.sqrt((real**2).sum((1, 2, 3)))
+    penalty = ((norms-1)**2).mean()
+    same = torch.from_numpy(real)
+    assert wgan_gp.gradient_penalty(critic, same, same).item()==pytest.approx(penalty)
+    loss,distance,_ = wgan_gp.critic_loss(critic, same, torch.from_numpy(fake), 0.)
+    expected = (real**2).sum((1, 2, 3)).mean()/2-(fake**2).sum((1, 2, 3)).mean()/2
+    assert (distance.item(), loss.item())==pytest.approx((expected, -expected))
+    loss,distance,_ = wgan_gp.critic_loss(critic, same, same, 3.)
+    assert (distance.item(), loss.item())==pytest.approx((0, 3*penalty))
+    assert wgan_gp.generator_loss(critic, torch.from_numpy(fake)).item()==pytest.approx(-(fake**2).sum((1, 2, 3)).mean()/2)
+
+def test_penalty_is_between_real_and_generated_images():
+    "Positions are uniform between the two: with real images of 2 and generated ones of 0, norms are uniform between 0 and 2"
+    torch.manual_seed(0)
+    def critic(x): return x.square().flatten(1).sum(1, keepdim=True)/2
+    real = torch.full((20_000, 1, 1, 1), 2.)
+    penalty = wgan_gp.gradient_penalty(critic, real, torch.zeros_like(real))
+    assert penalty.item()==pytest.approx(1/3, abs=.01)         # the mean of (u-1)² for u in [0, 2]
+
 # The gradient penalty
 
 def with_masks(critic, masks):
-    "The critic with known dropout masks, as a function"
+    "The critic with known dropout masks of probability .25, as a function"
     def net(x):
-        for (conv,_,drop),mask in zip(list(critic)[:-1], masks):
-            x = nn.functional.elu(conv(x), .2)*mask/(1-drop.p)
+        for (conv,_,_),mask in zip(list(critic)[:-1], masks):
+            x = nn.functional.elu(conv(x), .2)*mask/.75
         return critic[-1](x)
     return net
 
@@ -157,35 +249,73 @@ def test_penalty_does_not_couple_images():
 
 # Our training steps and the plain ones
 
-def plain_wgan_step(gen, critic, opt_g, opt_c, real, rng):
+def minimize(opt, loss):
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+
+def plain_mask(shape, dtype, rng):
+    "A dropout mask of probability .25: an element is dropped if its random byte is below 64"
+    n = int(np.prod(shape))
+    words = torch.empty(-(-n//8), dtype=torch.int64).random_(-2**63, None, generator=rng)
+    random_bytes = torch.from_numpy(words.numpy().view(np.uint8)[:n])
+    return (random_bytes>=64).to(dtype).view(shape)
+
+def plain_masks(critic, n_images, size, dtype, rng):
+    shapes = [(n_images, block[0].out_channels, size>>i, size>>i)
+              for i,block in enumerate(list(critic)[:-1], 1)]
+    return [plain_mask(shape, dtype, rng) for shape in shapes]
+
+def plain_wgan_step(gen, critic, opt_g, opt_c, real, gp_weight, critic_updates, update_generator, rng):
     "The same random numbers, everything by autograd, no network frozen"
     n,size = len(real), real.shape[-1]
     def noise(): return torch.randn(n, 256, dtype=real.dtype, generator=rng)
-    def masks(n_images):
-        shapes = [(n_images, block[0].out_channels, size>>i, size>>i)
-                  for i,block in enumerate(list(critic)[:-1], 1)]
-        return [wgan_gp.dropout_mask(shape, .25, 'cpu', real.dtype, rng) for shape in shapes]
-    for _ in range(5):
+    for _ in range(critic_updates):
         fake = gen(noise()).detach()
         eps = torch.rand(n, 1, 1, 1, generator=rng)
-        optimizer_step(opt_c, plain_critic_loss(critic, real, fake, 10., eps, masks(3*n))[0])
-    fake = gen(noise())
-    optimizer_step(opt_g, -with_masks(critic, masks(n))(fake).mean())
+        masks = plain_masks(critic, 3*n, size, real.dtype, rng)
+        loss,distance,penalty = plain_critic_loss(critic, real, fake, gp_weight, eps, masks)
+        minimize(opt_c, loss)
+    if update_generator:
+        fake = gen(noise())
+        masks = plain_masks(critic, n, size, real.dtype, rng)
+        minimize(opt_g, -with_masks(critic, masks)(fake).mean())
+    return {'wasserstein': distance, 'gradient_penalty': penalty}
 
-def plain_conditional_step(nets, opts, x, y, pool):
+def plain_adversarial(scores, real):
+    "Binary cross-entropy of scores that should say real, or generated"
+    targets = torch.ones_like(scores) if real else torch.zeros_like(scores)
+    return nn.functional.binary_cross_entropy_with_logits(scores, targets)
+
+def plain_class(logits, labels, sizes):
+    total = 0.
+    for field_logits,field_labels in zip(logits.split(sizes, 1), labels.split(sizes, 1)):
+        total = total-(field_logits.log_softmax(1)*field_labels).sum(1).mean()
+    return total
+
+def plain_conditional_step(nets, opts, x, y, pool, sizes):
     "A step of the AC-GAN, or with three networks of the TAC-GAN, with no network frozen"
     gen,dis,*twin = nets
     def noise(): return torch.randn(len(x), 256, dtype=x.dtype)
-    y_fake = ac_gan.sample_labels(pool, len(x))
+    def labels(): return pool[torch.randint(len(pool), (len(x),))]
+    y_fake = labels()
     fake = gen(noise(), y_fake).detach()
-    losses = ac_gan.discriminator_losses(dis, x, y, fake, y_fake, FIELD_SIZES, classify_fakes=not twin)
-    optimizer_step(opts[1], sum(losses.values()))
-    if twin: optimizer_step(opts[2], label_cross_entropy(twin[0](fake), y_fake, FIELD_SIZES))
-    y_fake = ac_gan.sample_labels(pool, len(x))
+    score,logits = dis(x)
+    score_fake,logits_fake = dis(fake)
+    terms = {'d_loss_real': plain_adversarial(score, True), 'd_loss_fake': plain_adversarial(score_fake, False),
+             'd_class_real': plain_class(logits, y, sizes)}
+    if not twin: terms['d_class_fake'] = plain_class(logits_fake, y_fake, sizes)
+    minimize(opts[1], sum(terms.values()))
+    if twin:
+        terms['twin_loss'] = plain_class(twin[0](fake), y_fake, sizes)
+        minimize(opts[2], terms['twin_loss'])
+    y_fake = labels()
     fake = gen(noise(), y_fake)
-    if twin: losses = tac_gan.tac_generator_losses(dis, twin[0], fake, y_fake, FIELD_SIZES)
-    else: losses = ac_gan.generator_losses(dis, fake, y_fake, FIELD_SIZES)
-    optimizer_step(opts[0], sum(losses.values()))
+    score,logits = dis(fake)
+    g_terms = {'g_adv': plain_adversarial(score, True), 'g_class': plain_class(logits, y_fake, sizes)}
+    if twin: g_terms['g_twin'] = -plain_class(twin[0](fake), y_fake, sizes)
+    minimize(opts[0], sum(g_terms.values()))
+    return terms | g_terms
 
 def make_optimizer(ours, params, lr, betas, weight_decay=0.):
     if ours: return adam(params, lr, betas, weight_decay)
@@ -206,9 +336,9 @@ def state_after(model, ours, n_steps, dtype, monkeypatch):
         opts = [make_optimizer(ours, net.parameters(), 5e-4, (.5, .999)) for net in nets]
     for indices in list(batch_indices(len(IMAGES), 5, 100))[:n_steps]:
         x = (torch.from_numpy(IMAGES[indices])[:, None]/127.5-1).to(dtype)
-        if model=='wgan_gp' and ours: wgan_gp.wgan_step(*nets, *opts, x, 10., 5, True, rng)
-        elif model=='wgan_gp': plain_wgan_step(*nets, *opts, x, rng)
-        elif not ours: plain_conditional_step(nets, opts, x, y[indices], y)
+        if model=='wgan_gp' and ours: wgan_gp.wgan_step(*nets, *opts, x, 7., 3, True, rng)
+        elif model=='wgan_gp': plain_wgan_step(*nets, *opts, x, 7., 3, True, rng)
+        elif not ours: plain_conditional_step(nets, opts, x, y[indices], y, FIELD_SIZES)
         elif model=='ac_gan': ac_gan.ac_gan_step(*nets, *opts, x, y[indices], y, FIELD_SIZES)
         else: tac_gan.tac_gan_step(*nets, *opts, x, y[indices], y, FIELD_SIZES)
     state = [t.double() for net in nets for t in net.state_dict().values()]
@@ -337,6 +467,261 @@ def test_unknown_settings_are_refused(model, tmp_path):
     train,options = TRAIN[model]
     with pytest.raises(TypeError, match="'epoch'"): train(IMAGES, PAIRS, PAIRS, tmp_path/'x', epoch=3, **SMALL, **options)
     assert not (tmp_path/'x').exists()
+
+# Every setting differs from its default and from what the other models use
+CONDITIONAL = dict(
+    width=1/8, epochs=3, checkpoint_every=2, batch_size=4, lr_g=3e-3, lr_d=2e-3, lr_classifier=1e-3,
+    betas=(.3, .8), dropout=.4, label_fields=('view', 'pathology'), n_labels=16, label_sampling='uniform',
+    validation_fraction=.25, seed=3, device='cpu', log_every=2, tensorboard=True, compile=True, max_minutes=99.)
+UNUSUAL = {
+    'wgan_gp': WGANGPConfig(
+        width=1/16, epochs=4, checkpoint_every=3, batch_size=3, n_critic=2, gp_weight=300., lr=2e-3,
+        betas=(.3, .8), weight_decay=.3, batch_reuse='per_update', max_models=3, min_images=4,
+        validation_fraction=.25, n_parallel=2, seed=3, device='cpu', log_every=2, tensorboard=True, max_minutes=99.),
+    'ac_gan': ACGANConfig(**CONDITIONAL), 'tac_gan': TACGANConfig(**CONDITIONAL)}
+# Settings that change the weights, which are compared with those of a plain training
+OF_WEIGHTS = {
+    'wgan_gp': {'width', 'epochs', 'batch_size', 'n_critic', 'gp_weight', 'lr', 'betas', 'weight_decay',
+                'batch_reuse', 'validation_fraction', 'seed'},
+    'ac_gan': {'width', 'epochs', 'batch_size', 'lr_g', 'lr_d', 'lr_classifier', 'betas', 'dropout',
+               'label_fields', 'n_labels', 'label_sampling', 'validation_fraction', 'seed'}}
+OF_WEIGHTS['tac_gan'] = OF_WEIGHTS['ac_gan']
+# Settings that do not, and the test that sees that they are used
+OF_THE_RUN = {
+    'checkpoint_every': 'samples', 'max_models': 'models', 'min_images': 'models', 'n_parallel': 'calls',
+    'device': 'device', 'log_every': 'log', 'tensorboard': 'log', 'max_minutes': 'calls', 'compile': 'calls'}
+
+def toy_pairs(prefix, n):
+    "Each pathology and view with left and right elbows; most pairs are of lateral effusions"
+    rows = []
+    for i in range(n):
+        pathology,view = [('normal', 'AP'), ('joint effusion', 'LAT'), ('normal', 'LAT'), ('joint effusion', 'LAT')][i%4]
+        rows.append((f'{prefix}{i}__x', f'{prefix}{i}', pathology, view, 'LR'[i//2%3>0]))
+    return pd.DataFrame(rows, columns=['pair', 'patient', 'pathology', 'view', 'side'])
+
+MANY, TEST = toy_pairs('train', 24), toy_pairs('test', 9)
+MANY_IMAGES = np.random.default_rng(1).integers(256, size=(len(MANY), 32, 32), dtype=np.uint8)
+MODELS_OF_UNUSUAL = [('LAT', 'joint effusion'), ('AP', 'normal'), ('LAT', 'normal')]
+
+def of_model(table, model): return ((table.view==model[0]) & (table.pathology==model[1])).values
+
+def mirrored(images, sides):
+    "Images of right elbows from right to left, one at a time"
+    return np.stack([image[:, ::-1] if side=='R' else image for image,side in zip(images, sides)])
+
+def labels_by_hand(pairs, label_fields):
+    order = {'pathology': range(14), 'view': (14, 15), 'side': (16, 17)}
+    return one_hot_by_hand(pairs)[:, [i for field in label_fields for i in order[field]]]
+
+def scaled(images): return torch.from_numpy(images[:, None].astype(np.float32)/127.5-1)
+
+def plain_wgan_training(config, pairs, images):
+    "One WGAN-GP by autograd; the networks at first and at last, and the terms of each step"
+    torch.manual_seed(config.seed)
+    rng = torch.Generator().manual_seed(config.seed)
+    nets = [wgan_gp.Generator(32, config.width), wgan_gp.Critic(32, config.width)]
+    initial = copy.deepcopy(nets)
+    opts = [torch.optim.Adam(net.parameters(), config.lr, config.betas, weight_decay=config.weight_decay) for net in nets]
+    images = mirrored(images, pairs.side)
+    terms = []
+    for i,indices in enumerate(batch_indices(len(images), config.batch_size, config.epochs, config.seed), 1):
+        if config.batch_reuse=='per_update': updates = 1, i%config.n_critic==0
+        else: updates = config.n_critic, True
+        terms.append(plain_wgan_step(*nets, *opts, scaled(images[indices]), config.gp_weight, *updates, rng))
+    return dict(zip(('gen', 'critic'), zip(initial, nets))), terms
+
+def plain_conditional_training(model, config, pairs, images):
+    "An AC-GAN or a TAC-GAN; the networks at first and at last, and the terms of each step"
+    torch.manual_seed(config.seed)
+    sizes = [{'pathology': 14, 'view': 2, 'side': 2}[field] for field in config.label_fields]
+    nets = [ac_gan.Generator(32, config.width, sum(sizes)),
+            ac_gan.Discriminator(32, config.width, sum(sizes), config.dropout)]
+    dis = nets[1]
+    groups = [[{'params': nets[0].parameters(), 'lr': config.lr_g}], [{'params': dis.parameters(), 'lr': config.lr_d}]]
+    if model=='tac_gan':
+        nets.append(tac_gan.TwinClassifier(32, config.width, sum(sizes), config.dropout))
+        groups.append([{'params': nets[2].parameters(), 'lr': config.lr_classifier}])
+    else:
+        body = [*dis.trunk.parameters(), *dis.adv_head.parameters()]
+        groups[1] = [{'params': body, 'lr': config.lr_d},
+                     {'params': dis.class_head.parameters(), 'lr': config.lr_classifier}]
+    initial = copy.deepcopy(nets)
+    opts = [torch.optim.Adam(group, betas=config.betas) for group in groups]
+    y = torch.from_numpy(labels_by_hand(pairs, config.label_fields))
+    pool = y if config.label_sampling=='empirical' else y.unique(dim=0)
+    terms = []
+    for indices in batch_indices(len(images), config.batch_size, config.epochs, config.seed):
+        terms.append(plain_conditional_step(nets, opts, scaled(images[indices]), y[indices], pool, sizes))
+    return dict(zip(('gen', 'dis', 'twin'), zip(initial, nets))), terms
+
+def plain_training(model, config):
+    "With the training pairs of `MANY`, for a WGAN-GP those of lateral effusions"
+    used = ~gan.validation_mask(MANY, config.validation_fraction).values
+    if model!='wgan_gp': return plain_conditional_training(model, config, MANY[used], MANY_IMAGES[used])
+    used &= of_model(MANY, MODELS_OF_UNUSUAL[0])
+    return plain_wgan_training(config, MANY[used], MANY_IMAGES[used])
+
+def distances(weights, initial_and_final):
+    "For each network: how far weights are from its final ones, relative to how far training moved it"
+    result = {}
+    for name,(initial,final) in initial_and_final.items():
+        names = [key for key,_ in final.named_parameters()]
+        first,last = ([dict(net.named_parameters())[key].detach() for key in names] for net in (initial, final))
+        ours = [weights[f'{name}/{key}'] for key in names]
+        if any(a.shape!=b.shape for a,b in zip(ours, last)): return {name: np.inf}
+        off,moved = (torch.cat([(a-b).flatten() for a,b in zip(values, last)]).norm() for values in (ours, first))
+        result[name] = float(off/moved)
+    return result
+
+@pytest.fixture(scope='module')
+def unusual(tmp_path_factory):
+    "A training of each model with the settings of `UNUSUAL`, and what some functions were called with"
+    top = tmp_path_factory.mktemp('unusual')
+    calls = {}
+    def noted(module, name, result):
+        original = getattr(module, name)
+        def function(*args, **options):
+            calls.setdefault(f'{module.__name__.split(".")[-1]}.{name}', []).append(args)
+            return original(*args, **options) if result is None else result(*args)
+        patch.setattr(module, name, function)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (wgan_gp, ac_gan): noted(module, 'progress', None)
+        noted(wgan_gp, 'interleave', None)
+        noted(ac_gan, 'maybe_compile', lambda f, device, compile: f)
+        for model,config in UNUSUAL.items(): TRAIN[model][0](MANY_IMAGES, MANY, TEST, top/model, config)
+    return top, calls
+
+def folder_of(model, top, group=MODELS_OF_UNUSUAL[0]):
+    return top/model/f'{group[0]}__{group[1].replace(" ", "_")}' if model=='wgan_gp' else top/model
+
+@pytest.mark.parametrize('model', list(TRAIN))
+def test_a_training_with_unusual_settings_ends_with_the_weights_of_a_plain_one(model, unusual):
+    top,_ = unusual
+    folder = folder_of(model, top)
+    weights = load_file(folder/'checkpoint.safetensors')
+    plain,terms = plain_training(model, UNUSUAL[model])
+    assert max(distances(weights, plain).values())<2e-3, distances(weights, plain)
+    log = pd.read_json(folder/'log.jsonl', lines=True).set_index('step')
+    expected_steps = sorted({1, *range(2, len(terms)+1, 2)})
+    assert log.index.tolist()==expected_steps
+    for step in expected_steps:
+        values = values_of(terms[step-1])
+        assert log.loc[step, list(values)].to_dict()==pytest.approx(values, rel=2e-3, abs=1e-4)
+    assert list((folder/'tensorboard'/'log').iterdir())
+
+@pytest.mark.long('the power of the test above, a minute')
+@pytest.mark.parametrize('model,name', [(model, name) for model in TRAIN for name in sorted(OF_WEIGHTS[model]-{'n_labels'})])
+def test_that_comparison_would_see_each_setting(model, name, unusual):
+    "With one setting at its default the plain training ends elsewhere"
+    default = {'epochs': 2}.get(name, getattr(type(UNUSUAL[model])(), name))
+    changes = {name: default}
+    if name=='label_fields': changes['n_labels'] = 18
+    plain,_ = plain_training(model, replace(UNUSUAL[model], **changes))
+    weights = load_file(folder_of(model, unusual[0])/'checkpoint.safetensors')
+    assert max(distances(weights, plain).values())>.02
+
+def test_each_setting_is_in_one_of_these_tests(unusual):
+    for model,config in UNUSUAL.items():
+        names = {field.name for field in fields(config)}
+        assert names==OF_WEIGHTS[model] | names & OF_THE_RUN.keys() and not OF_WEIGHTS[model] & OF_THE_RUN.keys()
+        same = [name for name in names if getattr(config, name)==getattr(type(config)(), name)]
+        assert not same, f'{model}: the test uses the default of {same}'
+
+def test_settings_of_the_run_are_used(unusual):
+    top,calls = unusual
+    assert [args[3] for args in calls['wgan_gp.progress']+calls['ac_gan.progress']]==[99.]*3
+    assert [args[1] for args in calls['wgan_gp.interleave']]==[2]
+    assert [args[2] for args in calls['ac_gan.maybe_compile']]==[True]*5       # two losses, and three
+    epochs = {model: sorted(p.name for p in (top/model/'samples').iterdir()) for model in TRAIN}
+    assert epochs=={'wgan_gp': ['0000', '0003', '0004'], 'ac_gan': ['0000', '0002', '0003'], 'tac_gan': ['0000', '0002', '0003']}
+    models = pd.read_csv(top/'wgan_gp'/'models.csv')
+    assert set(map(tuple, models[models.trained=='yes'][['view', 'pathology']].to_numpy()))==set(MODELS_OF_UNUSUAL)
+
+@pytest.mark.parametrize('options,n_trained,reason', [({'max_models': 1}, 1, 'not among the 1 largest'), ({'min_images': 8}, 1, 'fewer than 8 training images')])
+def test_fewer_models_on_request(options, n_trained, reason, tmp_path):
+    models = wgan_gp.train_wgan_gp(MANY_IMAGES, MANY, TEST, tmp_path/'x', epochs=0, **SMALL, **options)
+    assert (models.trained=='yes').sum()==n_trained and reason in set(models.reason)
+
+@pytest.mark.parametrize('model', list(TRAIN))
+def test_the_device_is_the_one_asked_for(model, tmp_path):
+    train,options = TRAIN[model]
+    with pytest.raises((RuntimeError, AssertionError), match='nowhere'):
+        train(IMAGES, PAIRS, PAIRS, tmp_path/'x', epochs=0, **SMALL | {'device': 'nowhere'}, **options)
+
+# What is generated, and what is logged at a checkpoint
+
+def noise_by_hand(names, seed):
+    rows = []
+    for name in names:
+        digits = hashlib.sha256(json.dumps(name).encode()).hexdigest()[:12]
+        rows.append(np.random.default_rng([seed, int(digits, 16)]).standard_normal(256, dtype=np.float32))
+    return torch.from_numpy(np.stack(rows))
+
+def trained_net(net, name, folder):
+    tensors = load_file(folder/'checkpoint.safetensors')
+    net.load_state_dict({k.removeprefix(f'{name}/'): v for k,v in tensors.items() if k.startswith(f'{name}/')})
+    return net.eval()
+
+def gray_levels(x): return np.rint((x.detach().numpy()[:, 0].clip(-1, 1)+1)*127.5)
+
+def expected_samples(model, top, pairs):
+    "The last checkpoint's images of some pairs"
+    config = UNUSUAL[model]
+    noise = noise_by_hand(pairs.pair, config.seed)
+    if model!='wgan_gp':
+        gen = trained_net(ac_gan.Generator(32, config.width, 16), 'gen', top/model)
+        return gray_levels(gen(noise, torch.from_numpy(labels_by_hand(pairs, config.label_fields))))
+    images = np.zeros((len(pairs), 32, 32))
+    for group in MODELS_OF_UNUSUAL:
+        gen = trained_net(wgan_gp.Generator(32, config.width), 'gen', folder_of(model, top, group))
+        mine = of_model(pairs, group)
+        if mine.any(): images[mine] = mirrored(gray_levels(gen(noise[np.flatnonzero(mine)])), pairs.side[mine])
+    return images
+
+@pytest.mark.parametrize('output', ['samples', 'validation'])
+@pytest.mark.parametrize('model', list(TRAIN))
+def test_samples_have_the_label_the_view_and_the_side_of_their_pair(model, output, unusual):
+    "Images of right elbows are mirrored back by the WGAN-GP, which is trained with left ones"
+    top,_ = unusual
+    is_validation = gan.validation_mask(MANY, .25).values
+    pairs = TEST if output=='samples' else MANY[is_validation]
+    assert set(pairs.side)=={'L', 'R'} and len(pairs)>4
+    folder = top/model/output/f'{UNUSUAL[model].epochs:04d}'
+    images = np.stack([read_image(folder/f'{name}.png').astype(float) for name in pairs.pair])
+    assert sorted(p.stem for p in folder.iterdir())==sorted(pairs.pair)
+    difference = abs(images-expected_samples(model, top, pairs))
+    assert difference.max()<=1 and difference.mean()<.01        # a rounded gray level may differ
+
+def nearest_distances(images, train_images):
+    differences = images[:, None].astype(float)-train_images[None]
+    return np.sqrt((differences**2).mean((2, 3))).min(1)
+
+@pytest.mark.parametrize('model', list(TRAIN))
+def test_metrics_of_a_checkpoint_are_of_validation_images_and_of_their_labels(model, unusual):
+    top,_ = unusual
+    config = UNUSUAL[model]
+    is_validation = gan.validation_mask(MANY, .25).values
+    images = MANY_IMAGES
+    if model=='wgan_gp':
+        images = mirrored(MANY_IMAGES, MANY.side)
+        mine = of_model(MANY, MODELS_OF_UNUSUAL[0])
+    else: mine = np.ones(len(MANY), bool)
+    train,validation = mine & ~is_validation, mine & is_validation
+    metrics = pd.read_json(folder_of(model, top)/'checkpoint_metrics.jsonl', lines=True).iloc[-1]
+    assert metrics.nn_distance_real==pytest.approx(nearest_distances(images[validation], images[train]).mean(), rel=1e-4)
+    assert metrics.epoch==config.epochs
+    if model=='wgan_gp': return
+    gen = trained_net(ac_gan.Generator(32, config.width, 16), 'gen', top/model)
+    dis = trained_net(ac_gan.Discriminator(32, config.width, 16), 'dis', top/model)
+    labels,validation_labels = (torch.from_numpy(labels_by_hand(MANY[k], ('view', 'pathology'))) for k in (train, validation))
+    def view_hits(x, labels): return float((dis(x)[1][:, :2].argmax(1)==labels[:, :2].argmax(1)).float().mean())
+    noise = noise_by_hand([str(i) for i in range(train.sum())], 0)
+    fake = scaled(gray_levels(gen(noise, labels)).astype(np.uint8))
+    real,held_out = scaled(images[train]), scaled(images[validation])
+    expected = {'d_acc_real': float((dis(real)[0]>0).float().mean()), 'd_acc_fake': float((dis(fake)[0]<=0).float().mean()),
+                'class_acc_real': view_hits(real, labels), 'class_acc_fake': view_hits(fake, labels),
+                'class_acc_val': view_hits(held_out, validation_labels)}
+    assert metrics[list(expected)].to_dict()==pytest.approx(expected, abs=1e-5)
 
 # Runs that stop
 
