@@ -1,7 +1,8 @@
 "The labels table, masks and the split: properties, second opinions, and inputs known to be invalid"
-import json, time, zlib
+import json, struct, time, zlib
 import cv2, numpy as np, pandas as pd
 import pytest
+from pathlib import Path
 from hypothesis import given, settings, strategies as st
 from skimage.draw import polygon2mask
 from elbowsynth.paper import TABLE3
@@ -10,7 +11,8 @@ from elbowsynth.data.annotations import (
     box_polygon, decode_rle, merge_masks, polygon_mask, rasterize_masks, read_coco,
     read_label_mask, read_labelme, read_shapes, read_yolo, rle_polygons)
 from elbowsynth.data.classes import caption, PATHOLOGIES, region_of, REGIONS, VIEWS
-from elbowsynth.data.images import image_shape, read_image, write_png
+from elbowsynth.data.images import (
+    image_shape, read_gray8, read_image, read_mask, resolve_inside, write_png)
 from elbowsynth.data.labels import (
     COLUMNS, file_sha256, LabelsError, pair_name, read_labels, read_pairs, write_manifest)
 from elbowsynth.data.masks import (
@@ -211,6 +213,92 @@ def test_image_shape_agrees_with_the_decoded_pixels(tmp_path):
         assert image_shape(tmp_path/name)==read_image(tmp_path/name).shape[:2]==expected, name
     (tmp_path/'x.png').write_bytes(b'not an image')
     assert image_shape(tmp_path/'x.png') is None
+
+
+# --- one reader for images, one for masks
+
+def write_with_alpha(path, levels, alpha):
+    "A PNG of RGB and alpha, with 8 or 16 bits"
+    cv2.imwrite(str(path), np.dstack([levels, levels, levels, alpha]))
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_transparency_is_opacity_in_images_and_the_mask_in_masks(tmp_path, dtype):
+    white = np.iinfo(dtype).max
+    noise = np.random.default_rng(0).integers(1, white, (4, 6)).astype(dtype)
+    painted = np.zeros((4, 6), bool)
+    painted[1:3, 2:5] = True
+    alpha = (painted*white).astype(dtype)
+    path = tmp_path/'x.png'
+    for levels in (noise, noise*0, noise*0+white):                  # the color does not matter
+        write_with_alpha(path, levels, alpha)
+        image = read_image(path)
+        assert image.dtype==dtype and (image==np.where(painted, levels, 0)[..., None]).all()
+        assert (read_mask(path)==painted).all()
+    write_with_alpha(path, noise, alpha*0+white)                    # opaque: as if there were no alpha
+    assert (read_image(path)==noise[..., None]).all()
+    write_with_alpha(path, alpha, alpha*0+white)
+    assert (read_mask(path)==painted).all()
+    write_with_alpha(path, noise*0+white, alpha*0)
+    with pytest.raises(ValueError, match='x.png is a mask without white pixels'): read_mask(path)
+    assert not read_mask(path, may_be_empty=True).any() and not read_image(path).any()
+    write_with_alpha(path, np.roll(alpha, 1, 1), alpha)             # black and white below the paint
+    with pytest.raises(ValueError, match='two different masks'): read_mask(path)
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'RGB', 'P', 'I;16'])
+def test_one_transparent_color_is_transparency_too(tmp_path, mode):
+    from PIL import Image
+    levels = {'1': (0, 1), 'L': (7, 90), 'RGB': (7, 90), 'P': (0, 1), 'I;16': (7, 9000)}[mode]
+    dtype = np.uint16 if mode=='I;16' else bool if mode=='1' else np.uint8
+    painted = np.zeros((3, 4), bool)
+    painted[1, 1:3] = True
+    pixels = np.where(painted, levels[1], levels[0]).astype(dtype)
+    if mode=='RGB': pixels = np.dstack([pixels]*3)
+    image = Image.fromarray(pixels)
+    if mode=='P': image.putpalette([90, 90, 90, 200, 200, 200])     # turns gray levels into indices
+    transparent = (levels[0],)*3 if mode=='RGB' else 0 if mode in ('1', 'P') else levels[0]
+    image.save(tmp_path/'x.png', transparency=transparent)
+    assert (read_mask(tmp_path/'x.png')==painted).all()
+    seen = read_image(tmp_path/'x.png')
+    assert ((seen if seen.ndim==2 else seen.max(2))>0).tolist()==painted.tolist()
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_16_bit_color_with_alpha_is_turned_as_pillow_turns_8_bits(tmp_path, orientation):
+    from PIL import Image
+    exif = Image.Exif()
+    exif[274] = orientation
+    gray = np.random.default_rng(1).integers(1, 255, (3, 5)).astype(np.uint8)
+    Image.fromarray(np.dstack([gray]*3)).save(tmp_path/'8.png', exif=exif)
+    deep = gray.astype(np.uint16)*257
+    write_with_alpha(tmp_path/'16.png', deep, np.full_like(deep, 65535))
+    raw = (tmp_path/'16.png').read_bytes()
+    body = b'eXIf'+exif.tobytes().removeprefix(b'Exif\0\0')
+    chunk = struct.pack('>I', len(body)-4)+body+struct.pack('>I', zlib.crc32(body))
+    (tmp_path/'16.png').write_bytes(raw[:33]+chunk+raw[33:])        # behind the header
+    expected = read_image(tmp_path/'8.png')
+    assert (read_image(tmp_path/'16.png')==expected.astype(np.uint16)*257).all()
+    assert (read_gray8(tmp_path/'16.png')==expected[..., 0]).all()
+
+def test_unreadable_files_are_errors_of_one_line(tmp_path, monkeypatch):
+    write_png(tmp_path/'a.png', random_image())
+    for reader in (read_image, read_mask, read_gray8):
+        with pytest.raises(ValueError, match='^x cannot be read: Is a directory$'):
+            (tmp_path/'x').mkdir(exist_ok=True)
+            reader(tmp_path/'x')
+        with pytest.raises(FileNotFoundError): reader(tmp_path/'none.png')
+    def refuse(path): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(Path, 'read_bytes', refuse)
+    with pytest.raises(ValueError, match='^a.png cannot be read: Permission denied$'):
+        read_image(tmp_path/'a.png')
+
+def test_names_in_either_encoding_and_with_backslashes_find_their_file(tmp_path):
+    for nfd,nfc in (('ha\u0308', 'h\xe4'), ('e\u0301', '\xe9')):
+        write_png(tmp_path/nfd/f'{nfc}.png', random_image())
+        for name in (f'{nfc}/{nfd}.png', f'{nfd}\\{nfc}.png', f'{nfc}\\{nfd}.png'):
+            assert resolve_inside(tmp_path, name)==tmp_path/nfd/f'{nfc}.png'
+    (tmp_path/'a\\b.png').write_text('')                             # a backslash in a name, on Linux
+    assert resolve_inside(tmp_path, 'a\\b.png')==tmp_path/'a\\b.png'
+    for name in ('x'*300, 'x/'*3000, 'a\0', '..', '.', '', 'e\u0301', '..\\x.png'):
+        assert resolve_inside(tmp_path, name) is None
 
 
 # --- polygons and run-length encoding
