@@ -41,8 +41,8 @@ fuzz: install ## Run the property tests with new random examples
 bench: install ## Run benchmarks against reference implementations into bench/results, about an hour (BENCH="gans metrics")
 	@for b in $(BENCH); do $(IN)python bench/$$b.py || exit; done
 
-lab: install ## Open the notebooks in JupyterLab, with the parameters of PROFILE, at the start page
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONWARNINGS="ignore:IProgress not found" $(IN)jupyter lab nbs/index.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
+lab: install ## Open the notebooks in JupyterLab, with the parameters of PROFILE, the folder of RUN and the images of DATA
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" ELBOWSYNTH_RUN="$(RUN)" ELBOWSYNTH_DATA="$(DATA)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONWARNINGS="ignore:IProgress not found" $(IN)jupyter lab nbs/index.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 
 site: install ## Render the site into _docs, with the results of the committed run or of RUN=_runs/NAME
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site $(if $(RUN),--run "$(RUN)")
@@ -50,8 +50,8 @@ site: install ## Render the site into _docs, with the results of the committed r
 readme: install ## Write README.md from nbs/index.ipynb
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site --readme
 
-prepare: install ## Before a commit: clean the notebooks, export the library, write README.md
-	@PATH="$(CURDIR)/.venv/bin:$$PATH"; nbdev_clean && rm -f elbowsynth/_modidx.py && nbdev_export && $(IN)ruff check -q --select F821,F401 elbowsynth && $(IN)python -m elbowsynth.site --readme && git status --short
+prepare: install ## Before a commit: clean the notebooks, record their parameters as defaults, export the library, write README.md
+	@PATH="$(CURDIR)/.venv/bin:$$PATH"; nbdev_clean && $(IN)python -m elbowsynth.run defaults && rm -f elbowsynth/_modidx.py && nbdev_export && $(IN)ruff check -q --select F821,F401 elbowsynth && $(IN)python -m elbowsynth.site --readme && git status --short
 
 lock: install ## Write requirements.lock from settings.ini
 	@sh workflow/lock.sh

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCRIPT_URLS', 'Job', 'job_values', 'dependencies', 'required_stages', 'normalized_source', 'public_names',
-           'imported_modules', 'code_hash', 'split_settings', 'run_folder', 'plan', 'folder_state', 'LogTee',
-           'progress_bar', 'log', 'exit_with_parent', 'failure_message', 'run_stage', 'stage_durations', 'write_report',
-           'environment', 'acquire_lock', 'summarize', 'study', 'main']
+           'imported_modules', 'code_hash', 'split_settings', 'plan', 'folder_state', 'LogTee', 'progress_bar', 'log',
+           'exit_with_parent', 'failure_message', 'run_stage', 'stage_durations', 'write_report', 'environment',
+           'acquire_lock', 'summarize', 'study', 'main']
 
 # %% ../nbs/9_run/90_run.ipynb #37a12fcb
 import argparse, ast, fcntl, hashlib, html, importlib.metadata, json, logging, os, re, shutil
@@ -15,9 +15,9 @@ import yaml
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from .core import atomic_write, format_duration, n_cores, root, save_json
-from elbowsynth.stages import (
-    has_setting, merge_values, profile_values, read_profile, route_settings, Stage, stages,
-    suggestion)
+from .stages import (
+    claim_data, edited_parameters, has_setting, merge_values, profile_values, read_profile,
+    record_defaults, route_settings, run_folder, Stage, stages, suggestion)
 
 # %% ../nbs/9_run/90_run.ipynb #6ad033c5
 @dataclass
@@ -184,7 +184,8 @@ def code_hash(
 )->str: # Twelve hexadecimal digits
     "A hash of the code that a notebook executes: its cells and the library modules that it imports"
     notebook_json = json.loads(Path(notebook).read_text(encoding='utf-8'))
-    cells = [''.join(c['source']) for c in notebook_json['cells'] if c['cell_type']=='code']
+    cells = [''.join(c['source']) for c in notebook_json['cells']
+             if c['cell_type']=='code' and 'parameters' not in c['metadata'].get('tags', [])]
     texts = [normalized_source(c) for c in cells if not c.startswith('#| hide')]
     open_modules, seen = imported_modules('\n'.join(cells), '', library), set()
     while open_modules:
@@ -201,19 +202,6 @@ def split_settings(
 )->list[str]: # One text for each setting
     "Single settings from a text of several"
     return re.split(r'\s+(?=[\w.]+=)', text.strip()) if text.strip() else []
-
-# %% ../nbs/9_run/90_run.ipynb #ccdfb7ef
-def run_folder(
-    profile:str, # Name of a file in `params`
-    data:str, # Folder of the user's radiographs; empty for simulated ones
-    run:str, # Name below `_runs`; made from profile and data if empty
-)->str: # Relative to the checkout
-    "The folder of a run"
-    default = f'{profile}-{Path(data).resolve().name}' if data else profile
-    folder, runs = f'_runs/{run or default}', (root()/'_runs').resolve()
-    if not (root()/folder).resolve().is_relative_to(runs):
-        raise ValueError(f'RUN={run}: expected the name of a folder below _runs, without ".."')
-    return folder
 
 # %% ../nbs/9_run/90_run.ipynb #63c8f8c6
 def plan(
@@ -422,6 +410,7 @@ def write_report(
     "Convert the executed copy of a notebook into a page without code"
     import nbformat
     from nbconvert import HTMLExporter
+    from elbowsynth.report.run_summary import secure_page
     nb = nbformat.read(executed, as_version=4)
     start = 0                                           # the first cell below the parameters
     for i,cell in enumerate(nb.cells, 1):
@@ -436,7 +425,7 @@ def write_report(
         if exporter.has_trait(url): setattr(exporter, url, '')
     title = f'elbowsynth: {Path(folder).name}'
     page, _ = exporter.from_notebook_node(nb, resources={'metadata': {'name': title}})
-    page = re.sub(r'<script\b.*?</script>', '', page, flags=re.S)  # nothing is fetched from the web
+    page = secure_page(page)                            # it runs nothing and fetches nothing
     with atomic_write(Path(folder)/'report.html') as part: part.write_text(page, encoding='utf-8')
     return Path(folder)/'report.html'
 
@@ -447,10 +436,11 @@ def environment(
     "The environment of the stages: independent of the user's session, without telemetry"
     cache = root()/'_runs'/'.cache'
     cache.mkdir(parents=True, exist_ok=True)
-    dropped = ('MPLBACKEND', 'JPY_SESSION_NAME', 'PYTHONPATH')
+    of_lab = [f'ELBOWSYNTH_{name}' for name in ('PROFILE', 'RUN', 'DATA')]
+    dropped = ['MPLBACKEND', 'JPY_SESSION_NAME', 'PYTHONPATH', *of_lab]
     variables = {k: v for k,v in os.environ.items() if k not in dropped}
     variables |= {
-        'ELBOWSYNTH_PROFILE': 'none', 'JUPYTER_PREFER_ENV_PATH': '1', 'PYTHONNOUSERSITE': '1',
+        'ELBOWSYNTH_RUNNER': '1', 'JUPYTER_PREFER_ENV_PATH': '1', 'PYTHONNOUSERSITE': '1',
         'PYTHONHASHSEED': '0', 'HF_HUB_DISABLE_TELEMETRY': '1', 'DO_NOT_TRACK': '1',
         'ELBOWSYNTH_USER_XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME', ''),
         'XDG_CACHE_HOME': str(cache), 'IPYTHONDIR': str(cache/'ipython'),
@@ -500,18 +490,13 @@ def summarize(
 # %% ../nbs/9_run/90_run.ipynb #47559df8
 def _write_plan(folder, jobs, data_dir, cores):
     "Write `plan.json` for Snakemake and the stages; refuse a folder with results of other data"
-    path = folder/'plan.json'
-    previous = json.loads(path.read_text())['data_dir'] if path.exists() else data_dir
-    if previous!=data_dir:
-        data = previous or 'simulated radiographs'
-        raise ValueError(f'{folder.relative_to(root())} holds the study of {data}; '
-                         'fix: choose another folder with RUN=NAME')
+    claim_data(folder, data_dir)
     data_hash = folder_state(data_dir) if data_dir else ''
     contents = {
         'jobs': [asdict(j) for j in jobs], 'data_dir': data_dir, 'data_hash': data_hash,
         'cores': cores}
     text = json.dumps(contents, indent=1)               # exactly, not rounded as in save_json
-    with atomic_write(path) as part: part.write_text(text)
+    with atomic_write(folder/'plan.json') as part: part.write_text(text)
 
 # %% ../nbs/9_run/90_run.ipynb #19cb61bd
 def _workflow_command(folder, cores):
@@ -543,6 +528,7 @@ def study(
     os.environ['ELBOWSYNTH_PARENT_PID'] = str(os.getpid())
     os.environ['ELBOWSYNTH_LOG_EVERY_S'] = '2' if sys.stderr.isatty() else '15'
     source = data_dir or 'simulated radiographs'
+    for line in edited_parameters(stages(top/'nbs')): log(line)
     log(f'{len(jobs)} stages into {folder}; profile {profile}; data: {source}; {cores} cores')
     done = subprocess.run(
         _workflow_command(top/folder, cores), env=environment(max(1, cores//2)), cwd=top,
@@ -551,7 +537,7 @@ def study(
 
 # %% ../nbs/9_run/90_run.ipynb #2df18e26
 def _build_parser():
-    "The command line: `study`, and `stage` for the workflow"
+    "The command line: `study`, `defaults`, and `stage` for the workflow"
     description = 'Synthetic elbow radiographs: the study and its stages'
     parser = argparse.ArgumentParser(prog='elbowsynth', description=description)
     commands = parser.add_subparsers(dest='command', required=True)
@@ -565,6 +551,7 @@ def _build_parser():
     s.add_argument('--target', action='append', default=[], metavar='STAGE',
                    help='stop at this stage')
     s.add_argument('--cores', type=int, default=0, help='processor cores to use (default: all)')
+    commands.add_parser('defaults', help='record the parameters cells in params/defaults.json')
     stage = commands.add_parser('stage', help='run one job of a plan (called by the workflow)')
     stage.add_argument('name')
     stage.add_argument('plan', type=Path)
@@ -583,6 +570,7 @@ def main():
     args = _build_parser().parse_args()
     try:
         if args.command=='stage': sys.exit(_run_planned_stage(args.name, args.plan))
+        if args.command=='defaults': sys.exit(0 if record_defaults(root()/'nbs') else 1)
         settings = [setting for text in args.set for setting in split_settings(text)]
         sys.exit(study(args.profile, args.data, args.run, settings, args.target, args.cores))
     except (ValueError, FileNotFoundError, RuntimeError) as error: sys.exit(f'elbowsynth: {error}')

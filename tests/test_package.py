@@ -81,8 +81,11 @@ def test_make_lists_its_commands(tmp_path):
     assert '--profile "smoke" --data "my images" --run "" --set \'epochs=3 lr=1e-4\'' in planned      # variables of the shell do not count
     planned = sh('make', '-n', '-o', 'install', 'import', 'DATA=x', 'FROM=mura', 'TO=y', 'OPTIONS=--license CC0', cwd=top).stdout
     assert 'elbowsynth.data.import_cli mura "x" "y" --license CC0' in planned
-    planned = sh('make', '-n', '-o', 'install', 'lab', cwd=top).stdout
+    planned = sh('make', '-n', '-o', 'install', 'lab', 'RUN=mine', 'DATA=my images', cwd=top, PROFILE='work').stdout
     assert 'jupyter lab nbs/index.ipynb' in planned
+    assert 'ELBOWSYNTH_PROFILE="demo" ELBOWSYNTH_RUN="mine" ELBOWSYNTH_DATA="my images"' in planned
+    planned = sh('make', '-n', '-o', 'install', 'prepare', cwd=top).stdout
+    assert 'elbowsynth.run defaults' in planned
 
 def test_readme_example_is_accepted():
     from elbowsynth.run import plan, split_settings

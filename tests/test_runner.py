@@ -3,15 +3,18 @@ import fcntl, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat
 import pytest
+import elbowsynth
 from conftest import ROOT, sh
 from elbowsynth.run import code_hash, imported_modules, job_values, plan
-from elbowsynth.stages import stages
+from elbowsynth.stages import StageFinished, notebook_profile, record_defaults, stages
 
 def notebook(path, parameters, body):
     "Write a stage notebook"
     nb = nbformat.v4.new_notebook(metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}})
     imports = nbformat.v4.new_code_cell('import json, time\nfrom pathlib import Path\nfrom elbowsynth.core import progress, root')
-    nb.cells = [imports, nbformat.v4.new_code_cell(parameters, metadata={'tags': ['parameters']}), nbformat.v4.new_code_cell(body)]
+    call = f'from elbowsynth.stages import notebook_profile\nnotebook_profile({path.stem.split("_")[1]!r}, globals())'
+    tagged = nbformat.v4.new_code_cell(parameters, metadata={'tags': ['parameters']})
+    nb.cells = [imports, tagged, nbformat.v4.new_code_cell(call), nbformat.v4.new_code_cell(body)]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, path)
 
@@ -85,7 +88,7 @@ def test_runs_in_order_and_not_twice(toy):
     assert stages_run(study(toy, '--set', 'seed=1', '--set', 'sleep=0.01'))==['b', 'c']
     b = toy/'nbs'/'2_models'/'02_b.ipynb'
     nb = json.loads(b.read_text())
-    nb['cells'][2]['source'] = '# a comment\n'+''.join(nb['cells'][2]['source'])
+    nb['cells'][3]['source'] = '# a comment\n'+''.join(nb['cells'][3]['source'])
     b.write_text(json.dumps(nb))
     assert stages_run(study(toy, '--set', 'seed=1', '--set', 'sleep=0.01'))==[]         # a comment makes nothing stale
     written_outside = {p.name for p in toy.iterdir()}-{'workflow', 'elbowsynth', 'settings.ini', 'nbs', 'params', 'home'}
@@ -128,7 +131,7 @@ def test_misspelled_profile_is_refused(toy):
 def test_failed_stage_names_notebook_cell_and_log(toy):
     done = study(toy, '--set', 'fail=true', check=False)
     assert done.returncode!=0
-    for text in ('b FAILED in nbs/2_models/02_b.ipynb, cell 3: `o = root()/run/out`', 'ValueError: no model', '_runs/demo/logs/b.log',
+    for text in ('b FAILED in nbs/2_models/02_b.ipynb, cell 4: `o = root()/run/out`', 'ValueError: no model', '_runs/demo/logs/b.log',
                  '_runs/demo/notebooks/02_b.ipynb', 'not finished: b, c'):
         assert text in done.stderr, done.stderr
     assert 'no model' in (toy/'_runs'/'demo'/'logs'/'b.log').read_text()
@@ -140,6 +143,169 @@ def test_one_study_at_a_time_in_a_folder(toy):
         fcntl.flock(f, fcntl.LOCK_EX)
         done = study(toy, check=False)
     assert done.returncode!=0 and 'another study is running in' in done.stderr and not (toy/'_runs'/'demo'/'raw').exists()
+
+# Stages in JupyterLab
+
+def type_into(path, line):
+    "Replace a line of a notebook's parameters cell, as JupyterLab saves what somebody types"
+    nb = json.loads(path.read_text())
+    cell = next(c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', []))
+    name = line.split(':')[0]
+    cell['source'] = '\n'.join(line if old.split(':')[0]==name else old for old in ''.join(cell['source']).split('\n'))
+    path.write_text(json.dumps(nb))
+
+@pytest.fixture
+def lab(toy, monkeypatch):
+    "The toy checkout as the kernel of a notebook sees it after `make lab`"
+    for name in ('PROFILE', 'RUN', 'DATA', 'RUNNER'): monkeypatch.delenv(f'ELBOWSYNTH_{name}', raising=False)
+    monkeypatch.setenv('JPY_SESSION_NAME', 'x')
+    monkeypatch.chdir(toy/'nbs')
+    monkeypatch.setattr(elbowsynth, '__path__', [*elbowsynth.__path__, str(toy/'elbowsynth')])       # for toy_settings
+    record_defaults(toy/'nbs')
+    return toy
+
+def cell(source):
+    "Variables that a parameters cell leaves"
+    variables = {}
+    exec(source, variables)
+    return variables
+
+def contents(folder): return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob('*') if p.is_file()}
+
+def write_finished_stage(toy, values, out='raw'):
+    "A stage as a study leaves it"
+    folder = toy/'_runs'/'demo'
+    (folder/out).mkdir(parents=True)
+    (folder/out/'images.json').write_text('[0, 1, 2, 3]')
+    (folder/out/'stage.json').write_text(json.dumps({'values': values}))
+    (folder/'plan.json').write_text(json.dumps({'jobs': [{'out': out}], 'data_dir': ''}))
+    return folder
+
+def test_what_is_typed_in_jupyterlab_wins_and_is_shown(lab, capsys):
+    typed = cell(A_PARAMETERS.replace('99', '7'))
+    notebook_profile('a', typed)
+    assert (typed['n'], typed['seed'], typed['run'])==(7, 0, '_runs/demo')              # the profile has n: 4
+    shown = capsys.readouterr().out
+    assert 'n = 7    set in this notebook, instead of 4 of make lab' in shown and "run = '_runs/demo'    make lab (profile demo)" in shown
+    untouched = cell(A_PARAMETERS)
+    notebook_profile('a', untouched)
+    assert untouched['n']==4
+    notebook_profile('a', untouched)                                                    # the cell is run a second time
+    assert untouched['n']==4
+
+def test_typed_options_and_those_of_the_profile_are_joined(lab):
+    (lab/'params'/'demo.yaml').write_text('b: {decay_rate: -0.6, optimizer: adam}')
+    typed = cell(B_PARAMETERS.replace('= {}', "= {'decay_rate': -.7}"))
+    notebook_profile('b', typed)
+    assert typed['options']=={'decay_rate': -.7, 'optimizer': 'adam'}
+
+@pytest.mark.parametrize('line, message', [
+    ('n: int = "many"', "a.n: expected int (default 99), got 'many'"), ('run: str = "mine"', "run = 'mine': expected a folder below _runs, such as")])
+def test_wrong_typed_values_are_refused(lab, line, message):
+    name, value = line.split(': ')[0], line.split('= ')[1]
+    with pytest.raises(ValueError) as error: notebook_profile('a', cell(A_PARAMETERS) | {name: json.loads(value)})
+    assert message in str(error.value) and not (lab/'_runs').exists() and not (lab/'mine').exists()
+
+def test_a_typed_value_does_not_become_the_default_of_the_study(lab):
+    before = plan('demo')
+    type_into(lab/'nbs'/'1_data'/'01_a.ipynb', 'seed: int = 3  # Tried')
+    type_into(lab/'nbs'/'2_models'/'02_b.ipynb', 'sleep: float = 0.5  # Tried')
+    assert plan('demo')==before                                                         # values and code
+    done = study(lab, '--target', 'a')
+    assert json.loads((lab/'_runs'/'demo'/'raw'/'stage.json').read_text())['values']['seed']==0
+    assert "01_a.ipynb: its parameters cell has seed = 3, the study uses 0, the committed default; to use yours, add SET='a.seed=3'" in done.stderr
+    assert '02_b.ipynb: its parameters cell has sleep = 0.5' in done.stderr
+    record_defaults(lab/'nbs')
+    assert [j.values['seed'] for j in plan('demo')[1] if j.name=='a']==[3]              # after `make prepare`
+
+def test_recorded_defaults_are_those_of_the_notebooks():
+    assert all(s.edited=={} for s in stages(ROOT/'nbs')), 'fix: make prepare'
+    recorded = json.loads((ROOT/'params'/'defaults.json').read_text())
+    assert list(recorded)==[s.name for s in stages(ROOT/'nbs')]
+    assert all(list(recorded[s.name])==list(s.defaults) for s in stages(ROOT/'nbs')), 'fix: make prepare'
+
+def test_a_parameters_cell_that_cannot_be_read_is_named(lab):
+    type_into(lab/'nbs'/'1_data'/'01_a.ipynb', 'n: int = 2*50')
+    done = study(lab, check=False)
+    assert done.returncode!=0 and '01_a.ipynb: `n: int = 2 * 50`' in done.stderr and 'fix: undo the edit' in done.stderr and 'Traceback' not in done.stderr
+
+def test_a_run_of_other_data_is_not_written_into(lab):
+    folder = write_finished_stage(lab, {'n': 4})
+    before = contents(folder)
+    (lab/'mine').mkdir()
+    with pytest.raises(ValueError, match='demo holds the study of simulated radiographs, not of .*/mine; nothing was changed'):
+        notebook_profile('b', cell(B_PARAMETERS) | {'data': str(lab/'mine')})
+    assert contents(folder)==before
+    notebook_profile('b', cell(B_PARAMETERS) | {'data': str(lab/'mine'), 'run': '_runs/mine'})
+    done = study(lab, '--run', 'mine', check=False)                                     # the study knows what JupyterLab has started
+    assert done.returncode!=0 and f'mine holds the study of {lab/"mine"}, not of simulated radiographs' in done.stderr
+
+def test_make_lab_chooses_run_and_data(lab, monkeypatch):
+    (lab/'my images').mkdir()
+    monkeypatch.setenv('ELBOWSYNTH_DATA', 'my images')                                  # relative to the checkout
+    of_b, of_a = cell(B_PARAMETERS), cell(A_PARAMETERS)
+    for name, variables in (('b', of_b), ('a', of_a)): notebook_profile(name, variables)
+    assert of_b['data']==str(lab/'my images') and of_b['run']==of_a['run']=='_runs/demo-my images'
+    monkeypatch.setenv('ELBOWSYNTH_RUN', 'second')
+    of_b = cell(B_PARAMETERS)
+    notebook_profile('b', of_b)
+    assert (of_b['run'], of_b['data'])==('_runs/second', str(lab/'my images'))
+    monkeypatch.delenv('ELBOWSYNTH_DATA')
+    of_b = cell(B_PARAMETERS)
+    notebook_profile('b', of_b)
+    assert of_b['data']==str(lab/'my images')                                           # a run brings its data
+    monkeypatch.setenv('ELBOWSYNTH_DATA', 'nowhere')
+    with pytest.raises(FileNotFoundError, match='DATA=.*nowhere: no such folder'): notebook_profile('b', cell(B_PARAMETERS))
+
+@pytest.mark.parametrize('typed', [{}, {'n': 7}])
+def test_a_finished_stage_in_jupyterlab_changes_nothing(lab, typed):
+    folder = write_finished_stage(lab, {'run': '_runs/demo', 'out': 'raw', 'n': 4, 'seed': 0})
+    before = contents(folder)
+    with pytest.raises(StageFinished) as error: notebook_profile('a', cell(A_PARAMETERS) | typed)
+    assert 'a is finished in _runs/demo/raw. Nothing was run or changed' in str(error.value)
+    assert ('n=4 then, 7 here' in str(error.value))==bool(typed) and 'out = "raw_2"' in str(error.value)
+    assert contents(folder)==before
+    notebook_profile('a', cell(A_PARAMETERS) | typed | {'out': 'raw_2'})                # beside it
+    assert {p.name for p in folder.iterdir()}=={'raw', 'plan.json'}
+
+def test_a_running_study_is_not_disturbed_by_jupyterlab(lab):
+    folder = write_finished_stage(lab, {'n': 4})
+    before = contents(folder)
+    with (folder/'.lock').open('w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match='a study is running in demo and writes its folder raw; nothing was changed'):
+            notebook_profile('a', cell(A_PARAMETERS))
+        notebook_profile('a', cell(A_PARAMETERS) | {'out': 'mine'})
+    assert {p: c for p, c in contents(folder).items() if p.name!='.lock'}==before
+
+def test_a_finished_notebook_run_as_a_whole_shows_its_results(lab):
+    "In a kernel, as JupyterLab runs it: the results of the study appear, no traceback, and no cell below runs"
+    folder = write_finished_stage(lab, {'run': '_runs/demo', 'out': 'raw', 'n': 4, 'seed': 0})
+    path = lab/'nbs'/'1_data'/'01_a.ipynb'
+    executed = nbformat.read(path, as_version=4)
+    executed.cells[-1].outputs = [nbformat.v4.new_output('stream', text='four images'), nbformat.v4.new_output('display_data', {'text/plain': 'a figure'})]
+    (folder/'notebooks').mkdir()
+    nbformat.write(executed, folder/'notebooks'/'01_a.ipynb')
+    before = contents(folder)
+    nb = run_in_kernel(path, lab)
+    error = nb.cells[2].outputs[-1]
+    assert error.ename=='StageFinished' and len(error.traceback)==1 and 'above are the results of that run' in error.traceback[0]
+    shown = json.dumps(nb.cells[2].outputs)
+    assert 'four images' in shown and 'a figure' in shown
+    assert nb.cells[3].execution_count is None and contents(folder)==before
+
+def run_in_kernel(path, toy, interrupt_after=None):
+    "Execute a notebook from its top; the notebook with its outputs"
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    nb = nbformat.read(path, as_version=4)
+    env = {k: v for k, v in os.environ.items() if not k.startswith('ELBOWSYNTH_')} | {'PYTHONPATH': str(toy), 'JPY_SESSION_NAME': 'x'}
+    client = NotebookClient(nb, timeout=60, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+    with client.setup_kernel(env=env):
+        for i, c in enumerate(nb.cells):
+            try: client.execute_cell(c, i)
+            except CellExecutionError: return nb
+    return nb
 
 # Options: fields of a dataclass that are not in the parameters cell
 

@@ -115,22 +115,32 @@ def test_stages_run_by_plain_papermill_from_any_folder(smoke, tmp_path):
     assert changed==[], changed
 
 def test_notebooks_run_from_the_top_in_jupyter(smoke):
-    "As in JupyterLab: a new kernel, no papermill; the cell below the parameters requests the profile"
+    "As in JupyterLab: a new kernel, no papermill; the cell below the parameters completes them. The run is not finished, so its stages run"
+    shutil.copytree(smoke['run'], smoke['run'].with_name('lab'))
+    for path in smoke['run'].with_name('lab').rglob('stage.json'): path.unlink()
     code = '''
 import os, sys, nbformat
 from nbclient import NotebookClient
 for path in sys.argv[1:]:
     nb = nbformat.read(path, as_version=4)
     NotebookClient(nb, timeout=600, kernel_name='python3', resources={'metadata': {'path': os.path.dirname(path)}}).execute()
-    print(path, [o.data['text/plain'] for c in nb.cells if 'notebook_profile(' in c.source for o in c.get('outputs', []) if 'data' in o][-1:])
+    print(path, [o.text for c in nb.cells if 'notebook_profile(' in c.source for o in c.get('outputs', []) if o.output_type=='stream'][-1:])
 '''
     notebooks = sorted((p.relative_to(ROOT) for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts), key=lambda p: p.name)
     assert len(notebooks)>=50
     def run(part):
         "Execute notebooks, each with a kernel of its own"
-        return sh(sys.executable, '-c', code, *part, cwd=smoke['top'], PYTHONPATH=str(smoke['top']), ELBOWSYNTH_PROFILE='smoke', JPY_SESSION_NAME='lab', timeout=3600).stdout
+        return sh(sys.executable, '-c', code, *part, cwd=smoke['top'], PYTHONPATH=str(smoke['top']), ELBOWSYNTH_PROFILE='smoke', ELBOWSYNTH_RUN='lab', JPY_SESSION_NAME='lab', timeout=3600).stdout
     with ThreadPoolExecutor(2) as pool: printed = ''.join(pool.map(run, (notebooks[::2], notebooks[1::2])))
-    assert printed.count("'run': '_runs/smoke'")==len(stages(ROOT/'nbs')) and printed.count('.ipynb [')==len(notebooks), printed
+    assert printed.count("run = '_runs/lab'")==len(stages(ROOT/'nbs')) and printed.count('.ipynb [')==len(notebooks), printed
+
+def test_a_finished_stage_in_jupyterlab_changes_nothing(smoke):
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in smoke['run'].rglob('*') if p.is_file()}
+    path = next(s.path for s in stages(smoke['top']/'nbs') if s.name=='split')
+    done = sh('jupyter', 'nbconvert', '--execute', '--to', 'notebook', '--stdout', path, cwd=smoke['top'], check=False, PYTHONPATH=str(smoke['top']),
+              ELBOWSYNTH_PROFILE='smoke', JPY_SESSION_NAME='lab')
+    assert 'split is finished in _runs/smoke/split. Nothing was run or changed' in done.stderr
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in smoke['run'].rglob('*') if p.is_file()}==before
 
 def user_folder(folder, patients, size=300):
     "Images as users have them: subfolders, a table with semicolons, views and sides written out, some inverted or padded, masks for a few"
