@@ -2,7 +2,7 @@
 
 `make test` runs two workers side by side. Tests that share an expensive fixture run in one worker, so that the fixture is made once.
 """
-import os, shutil, subprocess, sys
+import os, re, shutil, subprocess, sys
 os.environ.setdefault('OMP_NUM_THREADS', '1')                       # a worker for each core
 from pathlib import Path
 import pytest
@@ -30,8 +30,20 @@ def shared_fixtures(item):
     for name, definitions in item._fixtureinfo.name2fixturedefs.items():
         in_test_file = definitions[-1].baseid.endswith('.py')
         if in_test_file and definitions[-1].scope in ('module', 'session'):
-            found.append(f'{name}[{parameters[name]}]' if name in parameters else name)
-    return sorted(found)
+            found.append(f'{name}-{parameters[name]}' if name in parameters else name)
+    return {f'{item.path.stem}.{name}' for name in found}
+
+def fixture_groups(items):
+    "Each shared fixture to the name of its group: fixtures that one test uses together are one group"
+    group = {}
+    for item in items:
+        shared = shared_fixtures(item)
+        joined = shared | {group[name] for name in shared if name in group}
+        if not joined: continue
+        first = min(joined)
+        group |= {name: first for name in joined}
+        group = {name: first if value in joined else value for name, value in group.items()}
+    return group
 
 @pytest.hookimpl(tryfirst=True)                                     # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
@@ -40,9 +52,17 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [i for i in items if not i.get_closest_marker('long')]
     order = {name: k for k, name in enumerate(FIRST)}
     items.sort(key=lambda i: order.get(i.path.stem, len(FIRST)))
+    groups = fixture_groups(items)
     for item in items:
         shared = shared_fixtures(item)
-        if shared: item.add_marker(pytest.mark.xdist_group(f'{item.path.stem}::{shared[0]}'))
+        if shared: item.add_marker(pytest.mark.xdist_group(groups[min(shared)]))
+
+def pytest_collection_finish(session):
+    "xdist sends a group to one worker by the end of the test's name; pytest 9.2 with xdist 3.8 lost it"
+    if not hasattr(session.config, 'workerinput'): return
+    grouped = [item for item in session.items if item.get_closest_marker('xdist_group')]
+    lost = [item.nodeid for item in grouped if not re.search(r'@[\w.-]+$', item.nodeid)]
+    if lost: raise pytest.UsageError(f'{len(lost)} tests of a group would run in any worker: {lost[:3]}')
 
 def pytest_sessionfinish(session):
     if hasattr(session.config, 'workeroutput'): session.config.workeroutput['left_out'] = left_out

@@ -88,11 +88,12 @@ def python_example():
     [code] = re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(encoding='utf-8'), re.S)
     return code
 
-def test_python_example_of_the_readme_runs(tmp_path):
+def test_python_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     code = python_example()
     assert len([line for line in code.splitlines() if line.strip()])<=6
-    done = sh(sys.executable, '-c', code, cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert done.stdout.splitlines()[-1]=='(2, 128, 128)'
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, 'README.md', 'exec'), {})                    # here, where the packages are imported
+    assert capsys.readouterr().out.splitlines()[-1]=='(2, 128, 128)'
 
 def words_without_links(text): return re.sub(r'!?\[([^\]]*)\]\([^)]*\)', r'\1', text).split()
 
@@ -306,6 +307,112 @@ def test_the_browser_check_finds_faults(tmp_path, browser):
     found = '; '.join(faults_in_browser(browser, f'http://127.0.0.1:{server.server_port}/bad.html'))
     server.shutdown()
     for sign in ('scrolls sideways', 'nothing is not defined', 'image-alt', 'html-has-lang'): assert sign in found, found
+
+# What comes from data is text in every page, never markup
+
+def hostile(column): return f'<img src=x onerror=fired("{column}")>&"`|*_a_{{{{run}}}}[b](javascript:fired()) $'
+
+def write_hostile_run(folder):
+    "A scored run whose files, folders, tables and settings all have hostile names"
+    import cv2, numpy as np, pandas as pd
+    from elbowsynth.core import save_json
+    from elbowsynth.data.images import write_png
+    from elbowsynth.evaluation.metrics import score_run
+    from elbowsynth.evaluation.run_statistics import run_statistics
+    run, model = folder/hostile('run'), hostile('model')
+    rng, rows, mask = np.random.default_rng(0), [], np.zeros((176, 176), np.uint8)
+    mask[60:120, 50:130] = 255
+    for i in range(4):
+        row = {name: f'{i}{hostile(name)}' for name in ('pair', 'image', 'patient', 'view', 'side', 'caption', 'mask_source')}
+        rows.append(row | {'pathology': 'joint effusion', 'split': ('train', 'test')[i%2]})
+        gray = (255*cv2.resize(rng.random((9, 9)), (176, 176))).astype(np.uint8)
+        write_png(run/'images'/f'{row["image"]}.png', gray)
+        write_png(run/'masks'/f'{row["pair"]}.png', mask)
+        for source, epoch in (('samples', 0), ('samples', 3), ('raw', 3)):
+            if i%2: write_png(run/model/source/f'{epoch:04d}'/f'{row["pair"]}.png', gray//2)
+    (run/'split').mkdir()
+    pd.DataFrame(rows).to_csv(run/'split'/'pairs.csv', index=False)
+    images = pd.DataFrame({'image': [row['image'] for row in rows], 'file': hostile('file'), 'inverted': [True, False]*2, 'kept_fraction': .9, 'overlay_blocks': 1})
+    images.to_csv(run/'images'/'images.csv', index=False)
+    pd.DataFrame({'file': [hostile('rejected file')], 'reason': [hostile('reject reason')]}).to_csv(run/'images'/'rejects.csv', index=False)
+    score_run(run, [model], size=176, extractor='efficientnet_lite0', device='cpu', statistics=run_statistics)
+    pd.DataFrame(rows).assign(pathology=hostile('pathology')).to_csv(run/'split'/'pairs.csv', index=False)
+    for path in (run/'metrics').glob('*.csv'):
+        table, keys = pd.read_csv(path), ('baseline', 'metric', 'task', 'source', 'region', 'model', 'pair', 'checkpoint')
+        for column in table.select_dtypes(['object', 'str']):
+            if column not in keys and not (path.stem, column)==('mmd_intervals', 'convention'): table[column] = hostile(f'{path.stem} {column}')
+        table.to_csv(path, index=False)
+    info = json.loads((run/'metrics'/'metrics.json').read_text())
+    save_json(run/'metrics'/'metrics.json', info | {'extractor': hostile('extractor'), 'missing_models': [hostile('missing model')]})
+    stages = {'preprocess': {'data': '/data '+hostile('data'), 'aspect': hostile('aspect')}, 'flux': {'base_model': hostile('base model'), 'epochs': 2},
+              model: {'base_model': 'tiny '+hostile('small base model'), 'epochs': 2}, 'metrics': {'extractor': hostile('metrics value'), 'models': [hostile('models')]}}
+    for name, values in stages.items(): save_json(run/name/'stage.json', {'name': name, 'values': values, 'versions': {}})
+    return run, model
+
+def execute_report(run, model, to):
+    "The cells of the stage `figures` below its parameters, executed by the runner's own engine"
+    import nbformat, papermill
+    nb = nbformat.read(NBS/'6_report'/'81_figures.ipynb', as_version=4)
+    is_used = [any(sign in c.source for sign in ('#| slow', '#| export\nimport', '#| hide\nimport')) or 'parameters' in c.metadata.get('tags', []) or c.cell_type=='markdown' for c in nb.cells]
+    nb.cells = [c for c, used in zip(nb.cells, is_used) if used and 'notebook_profile(' not in c.source]
+    nb.cells.insert(0, nbformat.v4.new_code_cell('from elbowsynth.report.figures import *'))
+    nbformat.write(nb, to/'cells.ipynb')
+    papermill.execute_notebook(to/'cells.ipynb', to/'executed.ipynb', {'run': str(run), 'models': [model], 'out': 'figures'}, kernel_name='python3', cwd=ROOT, progress_bar=False)
+    return to/'executed.ipynb'
+
+@pytest.fixture(scope='module')
+def hostile_run(tmp_path_factory):
+    from elbowsynth.run import write_report
+    folder = tmp_path_factory.mktemp('hostile')
+    run, model = write_hostile_run(folder)
+    return run, write_report(run, execute_report(run, model, folder))
+
+LIVE = """() => [...document.querySelectorAll('*')].filter(e => [...e.attributes].some(a => a.name.startsWith('on') && a.value.includes('fired')
+                  || a.value.trim().startsWith('javascript:'))).map(e => e.outerHTML)"""
+
+def opened_in_browser(browser, path):
+    "What a page ran, what it requested, its live elements, and its visible text"
+    page, requests = browser.new_page(), []
+    page.add_init_script('window.ran = []; window.fired = name => window.ran.push(name)')
+    page.on('request', lambda r: None if r.url.startswith('data:') else requests.append(r.url))
+    page.goto(path.as_uri(), wait_until='load')
+    found = page.evaluate('window.ran'), [r for r in requests if r!=path.as_uri()], page.evaluate(LIVE), page.inner_text('body')
+    page.close()
+    return found
+
+def test_the_browser_sees_a_live_name_and_the_policy_stops_it(tmp_path, browser):
+    from elbowsynth.report.run_summary import secure_page
+    page = f'<html><head><title>x</title></head><body>{hostile("name")}<img src="http://127.0.0.1:9/y.png"></body></html>'
+    for name, text in (('live', page), ('secure', secure_page(page))): (tmp_path/f'{name}.html').write_text(text)
+    ran, requests, live, _ = opened_in_browser(browser, tmp_path/'live.html')
+    assert ran==['name'] and len(requests)==2 and live
+    ran, requests, _, _ = opened_in_browser(browser, tmp_path/'secure.html')
+    assert ran==[] and requests==[]
+
+def test_hostile_names_are_text_in_the_report(hostile_run, browser):
+    run, report = hostile_run
+    assert 'Content-Security-Policy' in report.read_text()[:2000]
+    page = report.parent.parent/'without policy.html'                  # escaping alone must be enough
+    page.write_text(re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', '', report.read_text()))
+    for path in (report, page):
+        ran, requests, live, text = opened_in_browser(browser, path)
+        assert (ran, requests, live)==([], [], [])
+    shown = ['run', 'model', 'rejected file', 'reject reason', 'data', 'aspect', 'small base model', 'metrics value', 'extractor', 'missing model']
+    assert [name for name in shown if hostile(name) not in text]==[]
+
+def test_hostile_names_are_text_on_the_website(hostile_run, tmp_path, browser):
+    from elbowsynth.report.tables import collect_results
+    from elbowsynth.site import results_by_name
+    run, _ = hostile_run
+    collect_results(run, tmp_path/'results')
+    names = ('run', 'model', 'data', 'base model', 'small base model', 'extractor', 'missing model', 'metrics value', 'mmd_intervals reason')
+    text = '\n\n'.join(['---\ntitle: All\n---', *results_by_name(tmp_path/'results').values()])
+    (tmp_path/'index.qmd').write_text(text, encoding='utf-8')
+    (tmp_path/'_quarto.yml').write_text('project: {type: website, output-dir: _docs}\nwebsite: {title: t}\nformat: html\n')
+    sh(Path(sys.executable).parent/'smalldocs', 'render', '.', '--quiet', cwd=tmp_path)
+    ran, requests, live, shown = opened_in_browser(browser, tmp_path/'_docs'/'index.html')
+    assert ran==[] and live==[] and [r for r in requests if r.endswith('/x')]==[]
+    assert [name for name in names if hostile(name) not in shown]==[]
 
 if __name__=='__main__':                                            # screenshots of the site in `_docs`, to be committed
     with chromium() as b: take_screenshots(b, ROOT/'_docs', SCREENSHOTS)
