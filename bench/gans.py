@@ -89,15 +89,11 @@ def our_conditional(model, size, width, batch_size, device, compile):
     images = torch.randint(256, (N_IMAGES, size, size), dtype=torch.uint8, device=device)
     y = toy_labels(device)
     guard = NanGuard(device)
-    if model=='tac_gan':
-        step_fn = tac_gan.tac_gan_step
-        losses = ac_gan.discriminator_losses, label_cross_entropy, tac_gan.tac_generator_losses
-    else:
-        step_fn = ac_gan.ac_gan_step
-        losses = ac_gan.discriminator_losses, ac_gan.generator_losses
+    if model=='tac_gan': losses = tac_gan.tac_generator_losses, tac_gan.tac_discriminator_losses, tac_gan.twin_losses
+    else: losses = ac_gan.generator_losses, ac_gan.discriminator_losses
     losses = [maybe_compile(loss, device, compile) for loss in losses]
     def step(indices):
-        terms = step_fn(*nets, *opts, to_tensor(images[indices]), y[indices], y, FIELD_SIZES, *losses)
+        terms = ac_gan.conditional_gan_step(nets, opts, losses, to_tensor(images[indices]), y[indices], y, FIELD_SIZES)
         guard.update(*terms.values())
         return terms
     return cuda_graphed(step, device)

@@ -24,6 +24,9 @@ SMALL = dict(width=1/16, device='cpu', log_every=5)
 # Model to its training function and further settings
 TRAIN = {'wgan_gp': (wgan_gp.train_wgan_gp, {'n_critic': 2, 'max_models': 2}),
          'ac_gan': (ac_gan.train_ac_gan, {}), 'tac_gan': (tac_gan.train_tac_gan, {})}
+# Loss functions of generator, discriminator and twin
+LOSSES = {'ac_gan': (ac_gan.generator_losses, ac_gan.discriminator_losses),
+          'tac_gan': (tac_gan.tac_generator_losses, tac_gan.tac_discriminator_losses, tac_gan.twin_losses)}
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -339,8 +342,7 @@ def state_after(model, ours, n_steps, dtype, monkeypatch):
         if model=='wgan_gp' and ours: wgan_gp.wgan_step(*nets, *opts, x, 7., 3, True, rng)
         elif model=='wgan_gp': plain_wgan_step(*nets, *opts, x, 7., 3, True, rng)
         elif not ours: plain_conditional_step(nets, opts, x, y[indices], y, FIELD_SIZES)
-        elif model=='ac_gan': ac_gan.ac_gan_step(*nets, *opts, x, y[indices], y, FIELD_SIZES)
-        else: tac_gan.tac_gan_step(*nets, *opts, x, y[indices], y, FIELD_SIZES)
+        else: ac_gan.conditional_gan_step(nets, opts, LOSSES[model], x, y[indices], y, FIELD_SIZES)
     state = [t.double() for net in nets for t in net.state_dict().values()]
     return state, [p.grad.double() for p in nets[0].parameters()]
 
@@ -419,7 +421,7 @@ def test_each_step_trains_one_network():
         def step(self): has_gradient.append([any(p.grad is not None for p in net.parameters()) for net in nets])
     buffers = [b.clone() for b in dis.buffers()]
     opts = RecordingOptimizer(), RecordingOptimizer(), RecordingOptimizer()
-    tac_gan.tac_gan_step(*nets, *opts, x, y, y, FIELD_SIZES)
+    ac_gan.conditional_gan_step(nets, opts, LOSSES['tac_gan'], x, y, y, FIELD_SIZES)
     assert has_gradient==[[False, True, False], [False, False, True], [True, False, False]]     # D, then C, then G
     assert all(p.requires_grad for net in nets for p in net.parameters())
     norms = [m for m in dis.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Generator', 'trunk', 'Discriminator', 'label_pool', 'sample_labels', 'discriminator_losses', 'generator_losses',
-           'ac_gan_step', 'discriminator_accuracy', 'accuracies', 'make_checkpoint_callback', 'train_conditional_gan',
-           'train_ac_gan']
+           'conditional_gan_step', 'discriminator_accuracy', 'accuracies', 'make_checkpoint_callback',
+           'train_conditional_gan', 'train_ac_gan']
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #24a3f1f6
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -122,26 +122,33 @@ def generator_losses(
             'g_class': label_cross_entropy(logits, y, field_sizes)}
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #45a4900b
-def ac_gan_step(
-    gen:nn.Module, dis:nn.Module, opt_g, opt_d, # Networks and their optimizers
+def conditional_gan_step(
+    nets:list, # Generator, discriminator, and further networks that evaluate its images
+    opts:list, # The optimizer of each network
+    loss_fns:list, # The loss function of each network, as it is or compiled
     x:torch.Tensor, # A batch of real images
     y:torch.Tensor, # Their labels
     pool:torch.Tensor, # Labels for generated images, from `label_pool`
     field_sizes:list[int], # Number of values of each label field
-    d_loss=discriminator_losses, g_loss=generator_losses, # As they are, or compiled
-)->dict: # Terms of both losses
-    "One step of the discriminator and one of the generator"
+)->dict: # Name to loss term, of all networks
+    "One step of each network: first those that evaluate images, then the generator"
+    gen,*evaluators = nets
+    opt_g,*evaluator_opts = opts
+    g_loss,*evaluator_losses = loss_fns
     def noise(): return torch.randn(len(x), 256, device=x.device, dtype=x.dtype)
     y_fake = sample_labels(pool, len(x))
     with torch.no_grad(): fake = gen(noise(), y_fake)
-    d_terms = d_loss(dis, x, y, fake, y_fake, field_sizes)
-    optimizer_step(opt_d, sum(d_terms.values()))
+    terms = {}
+    for net,opt,loss_fn in zip(evaluators, evaluator_opts, evaluator_losses, strict=True):
+        of_net = loss_fn(net, x, y, fake, y_fake, field_sizes)
+        optimizer_step(opt, sum(of_net.values()))
+        terms |= of_net
 
     y_fake = sample_labels(pool, len(x))
-    with no_param_grad(dis):
-        g_terms = g_loss(dis, gen(noise(), y_fake), y_fake, field_sizes)
+    with no_param_grad(*evaluators):
+        g_terms = g_loss(*evaluators, gen(noise(), y_fake), y_fake, field_sizes)
         optimizer_step(opt_g, sum(g_terms.values()))
-    return d_terms | g_terms
+    return terms | g_terms
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #be0da94b
 @torch.no_grad()
@@ -231,9 +238,8 @@ def train_conditional_gan(
     config, # `ACGANConfig` or `TACGANConfig`
     name:str, # Name in the progress bar
     build_nets, # Takes size and config; returns a dict with `gen` and `dis` first
-    build_optimizers, # Takes the networks and config; returns a dict
-    step_fn, # Called with networks, optimizers, x, y, label pool, field sizes and loss functions
-    loss_fns:tuple, # Loss functions of `step_fn`, compiled if `config.compile` is set
+    build_optimizers, # Takes the networks and config; returns a dict in the same order
+    loss_fns:tuple, # The loss function of each network, compiled if `config.compile` is set
 )->Path: # `out`
     "Train a GAN with labels and generate images at its checkpoints"
     out,size = Path(out), images.shape[-1]
@@ -259,7 +265,8 @@ def train_conditional_gan(
     guard = NanGuard(device)
     def train_step(indices):
         x = to_tensor(train_images[indices])
-        terms = step_fn(*nets.values(), *opts.values(), x, y[indices], pool, field_sizes, *losses)
+        terms = conditional_gan_step(list(nets.values()), list(opts.values()), losses, x,
+                                     y[indices], pool, field_sizes)
         guard.update(*terms.values())
         return terms
 
@@ -307,6 +314,6 @@ def train_ac_gan(
     "Train an AC-GAN and generate images at its checkpoints"
     return train_conditional_gan(
         images, pairs, test, out, replace(config, **kwargs), 'AC-GAN', _build_nets,
-        _build_optimizers, ac_gan_step, (discriminator_losses, generator_losses))
+        _build_optimizers, (generator_losses, discriminator_losses))
 
 train_ac_gan.__delwrap__ = ACGANConfig # Where docments finds the comments of the fields
