@@ -371,8 +371,9 @@ LIVE = """() => [...document.querySelectorAll('*')].filter(e => [...e.attributes
                   || a.value.trim().startsWith('javascript:'))).map(e => e.outerHTML)"""
 
 def opened_in_browser(browser, path):
-    "What a page ran, what it requested, its live elements, and its visible text"
+    "What a page ran, what it requested that no policy stopped, its live elements, and its visible text"
     page, requests = browser.new_page(), []
+    page.on('requestfailed', lambda r: requests.remove(r.url) if r.failure=='csp' else None)
     page.add_init_script('window.ran = []; window.fired = name => window.ran.push(name)')
     page.on('request', lambda r: None if r.url.startswith('data:') else requests.append(r.url))
     page.goto(path.as_uri(), wait_until='load')

@@ -46,7 +46,7 @@ def show_gray(
 ):
     "Show a gray image without axes"
     ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='antialiased')
-    ax.set_title(title, fontsize=fontsize)
+    ax.set_title(title, fontsize=fontsize, parse_math=False)
     ax.axis('off')
 
 # %% ../../nbs/6_report/81_figures.ipynb #a36f2440
@@ -66,7 +66,7 @@ def plot_images(
                                  layout='constrained')
         for ax in axes.flat: ax.axis('off')
         for ax, image, title in zip(axes.flat, images, titles): show_gray(ax, image, title)
-        if footnote: fig.supxlabel(footnote, fontsize=8, style='italic')
+        if footnote: fig.supxlabel(footnote, fontsize=8, style='italic', parse_math=False)
     return fig
 
 # %% ../../nbs/6_report/81_figures.ipynb #8b104419
@@ -308,9 +308,10 @@ def comparison_panels(
         name = MODEL_NAMES.get(model, model)
         similarity_panel(left, t, noise, colors)
         mmd_panel(right, t.epoch, t.mmd2, noise['mmd2'], colors[2])
-        left.set(xlabel='epoch', title=f'{name}: similarity')
-        right.set(xlabel='epoch', title=f'{name}: MMD² (lower is better)')
+        left.set_title(f'{name}: similarity', parse_math=False)
+        right.set_title(f'{name}: MMD² (lower is better)', parse_math=False)
         for ax in (left, right):
+            ax.set_xlabel('epoch')
             mark_boost(ax, t.epoch, last_main_epochs.get(model))
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             handles, labels = ax.get_legend_handles_labels()
@@ -414,7 +415,8 @@ def score_panel(
         ax.set_xlim(min(low, high/30), high*1.3)                    # at least a decade and a half
         ax.xaxis.set_major_locator(LogLocator(numticks=4))
         ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_yticks(range(len(rows)), [MODEL_NAMES.get(model, model) for model, *_ in rows])
+    names = [MODEL_NAMES.get(model, model) for model, *_ in rows]
+    ax.set_yticks(range(len(rows)), names, parse_math=False)
     ax.set_ylim(len(rows)-.4, -.6)
     ax.grid(axis='y', visible=False)
 

@@ -17,6 +17,7 @@ __all__ = ['GAN_CONFIGS', 'PROFILES', 'MAIN_TABLES', 'ADDITIONAL_TABLES', 'ROW_F
 import json, re, shutil
 import pandas as pd, torch
 from pathlib import Path
+from urllib.parse import quote
 from fastcore.docments import docments
 from torch import nn
 from ..core import require_path, root, round_floats, save_json
@@ -28,25 +29,30 @@ from ..gans import ac_gan, tac_gan, wgan_gp
 from ..gans.settings import ACGANConfig, TACGANConfig, WGANGPConfig
 from ..diffusion.settings import FLUX, SDXL, FineTuneConfig, resolve_config
 from ..stages import stages
-from .run_summary import (
-    METRIC_NAMES, changed_values, checkpoint_selection_table, data_source_text, format_interval,
-    format_score, interval_table, model_names, read_stage_files, small_base_models, table1)
+from elbowsynth.report.run_summary import (
+    METRIC_NAMES, changed_values, checkpoint_selection_table, code_text, data_source_text,
+    escape_text, format_interval, format_score, interval_table, model_names, read_stage_files,
+    small_base_models, table1)
 
 # %% ../../nbs/6_report/82_tables.ipynb #13a2cadf
 def format_cell(
     value, # Any
 )->str: # Empty if missing; floats with six significant digits
-    "A cell of a Markdown table"
+    "A cell of a Markdown table; text is shown as it is"
     if value is None or (isinstance(value, float) and pd.isna(value)): return ''
     if isinstance(value, float): return f'{value:.6g}'
-    return str(value).replace('|', '/').replace('\n', ' ')
+    return escape_text(value)
 
 def as_markdown(
     table:pd.DataFrame, # Any
+    code_columns=(), # Columns whose cells are names in code
 )->str: # A pipe table
     "A table as Markdown, readable by Quarto and GitHub"
-    rows = [list(table.columns), ['---']*len(table.columns), *table.itertuples(index=False)]
-    return '\n'.join('| '+' | '.join(format_cell(v) for v in row)+' |' for row in rows)
+    formats = [code_text if column in code_columns else format_cell for column in table.columns]
+    rows = [[format_cell(column) for column in table.columns], ['---']*len(table.columns)]
+    for values in table.itertuples(index=False):
+        rows.append([to_text(value) for to_text, value in zip(formats, values)])
+    return '\n'.join('| '+' | '.join(row)+' |' for row in rows)
 
 # %% ../../nbs/6_report/82_tables.ipynb #383eee28
 def first_of_type(
@@ -173,7 +179,7 @@ def table7(
     rows = []
     for hyperparameter, (field, paper_sdxl, paper_flux) in TABLE7.items():
         values = [sdxl[field], paper_sdxl, flux[field], paper_flux]
-        rows.append((hyperparameter, f'`{field}`', descriptions[field], *map(format_value, values)))
+        rows.append((hyperparameter, field, descriptions[field], *map(format_value, values)))
     columns = ['Hyperparameter', 'Parameter', 'Description', 'SDXL here', 'SDXL paper', 'FLUX here',
                'FLUX paper']
     return pd.DataFrame(rows, columns=columns)
@@ -257,7 +263,8 @@ def base_models_text(
     models = sorted((m for m in values if values[m].get('base_model')),
                     key=lambda m: order.index(m) if m in order else len(order))
     if not models: return 'No base model is recorded.'
-    started = [f'{MODEL_NAMES.get(m, m)} started from `{values[m]["base_model"]}`' for m in models]
+    started = [f'{model_names([m])} started from {code_text(values[m]["base_model"])}'
+               for m in models]
     text = ', '.join(started)+'.'
     small = small_base_models(models, values)
     if small:
@@ -313,10 +320,10 @@ def run_values(
     "All single values that a page can name"
     facts, metrics_info, tables = read_results(results)
     values, counts = facts['values'], facts['counts']
-    out = {'run': facts['run'],
+    out = {'run': escape_text(facts['run']),
            'data_source': data_source_text(values),
            'base_models_text': base_models_text(values),
-           'extractor': metrics_info['extractor'],
+           'extractor': escape_text(metrics_info['extractor']),
            'size': metrics_info['size'],
            'ssim_convention': metrics_info['ssim'],
            'n_pairs': metrics_info['n_pairs'],
@@ -325,7 +332,8 @@ def run_values(
            'missing': model_names(metrics_info['missing_models']) or 'none',
            'minutes': f'{sum(facts["seconds"].values())/60:.0f}'}
     for model in ('sdxl', 'flux'):
-        out[f'base_model.{model}'] = values.get(model, {}).get('base_model') or 'not in this run'
+        base_model = values.get(model, {}).get('base_model') or 'not in this run'
+        out[f'base_model.{model}'] = escape_text(base_model)
     for subset in ('train', 'test'):
         for key in ('n_pairs', 'n_images', 'n_patients'):
             out[f'{subset}.{key}'] = counts.get(subset, {}).get(key, 0)
@@ -342,8 +350,10 @@ def best_model_text(
     t = best[(best.metric==metric) & (best.task==task)].dropna(subset='score')
     if not len(t): return 'nothing scored'
     top = t.loc[t.score.idxmin() if metric.startswith('mmd') else t.score.idxmax()]
-    others = [f'{n} for {model_names(g.model)}'
-              for n, g in t[t.model!=top.model].groupby('n_pairs')]
+    others = []
+    for n, group in t[t.model!=top.model].groupby('n_pairs'):
+        names = ', '.join(MODEL_NAMES.get(m, m) for m in group.model)
+        others.append(f'{n} for {names}')
     coverage = f'{format_score(top.score, metric)} on {top.n_pairs} pairs'
     if others: coverage += f'; {", ".join(others)}'
     return f'{MODEL_NAMES.get(top.model, top.model)} ({coverage})'
@@ -591,9 +601,9 @@ def _table_notes(name, metadata, reasons, one_checkpoint, n_rows, max_rows):
         notes += 'The last checkpoint of each model before the boosted learning rate. '
     if name=='subgroups': notes += 'SSIM: mean, 95 % interval over patients, pairs. '
     if n_rows>max_rows: notes += f'The first {max_rows} of {n_rows} rows. '
-    notes += f'All rows: [`{name}.csv`](results/metrics/{name}.csv). '
-    if reasons: notes += f'Intervals are missing because: {"; ".join(reasons)}. '
-    return notes+'; '.join(f'{k}: {v}' for k, v in metadata.items())
+    notes += f'All rows: [{code_text(name+".csv")}](results/metrics/{quote(name)}.csv). '
+    if reasons: notes += f'Intervals are missing because: {escape_text("; ".join(reasons))}. '
+    return notes+escape_text('; '.join(f'{k}: {v}' for k, v in metadata.items()))
 
 # %% ../../nbs/6_report/82_tables.ipynb #58da5d4d
 def additional_table(
@@ -611,7 +621,8 @@ def additional_table(
     if name in LAYOUTS: table = LAYOUTS[name](table)
     else: table = merge_intervals(table.drop(columns=list(metadata)).dropna(axis=1, how='all'))
     notes = _table_notes(name, metadata, reasons, one_checkpoint, len(table), max_rows)
-    return '\n\n'.join([f'### {ADDITIONAL_TABLES.get(name, name)}', notes,
+    heading = ADDITIONAL_TABLES.get(name, escape_text(name))
+    return '\n\n'.join([f'### {heading}', notes,
                         as_markdown(round_cells(table, 4).head(max_rows))])
 
 # %% ../../nbs/6_report/82_tables.ipynb #e515c359
@@ -679,8 +690,11 @@ def run_tables(
 )->dict[str,str]: # Name to Markdown
     "All tables and figures that a page can name"
     facts, metrics_info, tables = read_results(results)
-    out = {name: as_markdown(t) if len(t) else '*This run has no such results.*'
-           for name, t in _numbered_tables(facts, tables).items()}
+    out = {}
+    for name, table in _numbered_tables(facts, tables).items():
+        code_columns = ['Parameter'] if name=='table7' else []
+        out[name] = as_markdown(table, code_columns)
+        if not len(table): out[name] = '*This run has no such results.*'
     out['front.scores'] = as_markdown(readme_table(tables['best_checkpoints']))
     out['front.picture'] = readme_image(results)
     out['model_cards'] = model_cards()
