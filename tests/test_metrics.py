@@ -3,6 +3,7 @@ import importlib, json, os, shutil, subprocess, sys, textwrap
 import cv2, numpy as np, pandas as pd, piq, pytest, torch
 import torchmetrics.functional.image as tm
 from conftest import sh
+from scipy.spatial.distance import cdist
 from skimage.metrics import structural_similarity
 from sklearn.metrics.pairwise import pairwise_distances, polynomial_kernel, rbf_kernel
 from elbowsynth.data.images import write_png
@@ -10,8 +11,10 @@ from elbowsynth.evaluation import extractors, metrics
 from elbowsynth.evaluation.baselines import load_autoencoders, region_masks, vae_reconstruct
 from elbowsynth.evaluation.extractors import cached_features, features, state_dict
 from elbowsynth.evaluation.metrics import score_run
-from elbowsynth.evaluation.mmd import kernel_sums, kid, mmd2, MMD_CONVENTIONS, prdc, vendi
+from elbowsynth.evaluation.mmd import (
+    gaussian_kernel, kernel_sums, kid, median_distance, mmd2, MMD_CONVENTIONS, prdc, set_metrics, sq_dists, vendi)
 from elbowsynth.evaluation.run_statistics import run_statistics
+from elbowsynth.evaluation.stats import mmd_jackknife
 from elbowsynth.evaluation.ssim import (
     combine_scales, ms_ssim, MS_SSIM_CONVENTIONS, pair_scores, scale_statistics, ssim,
     SSIM_CONVENTIONS, ssim_maps)
@@ -222,6 +225,65 @@ def test_mmd_equals_sklearn(convention, m, n):
     assert mmd2(fx, fx, convention)<=1e-12
     if convention not in ('KID', 'paper_unit_sigma10'):             # others depend on distances only
         assert abs(mmd2(100+fx, 100+fy, convention)-expected)<1e-9
+
+def direct_sq_dists(a, b): return cdist(a, b, 'sqeuclidean')            # sums of squared differences
+
+def direct_kernel(fx, fy, convention):
+    "The kernel of a convention from sums of squared differences"
+    if convention=='KID': return lambda a,b: (a@b.T/a.shape[1]+1)**3
+    if convention=='multi_bandwidth':
+        both = np.concatenate((fx, fy))
+        mean = direct_sq_dists(both, both).sum()/(len(both)*(len(both)-1))
+        return lambda a,b: sum(np.exp(-direct_sq_dists(a, b)/(mean*2**i/4)) for i in range(5))
+    within = direct_sq_dists(fx, fx)[np.triu_indices(len(fx), 1)]
+    sq_sigma = {'paper_unit_sigma10': 100, 'paper_raw_gamma1d': fx.shape[1]/2, 'median': np.median(within)}
+    return lambda a,b: np.exp(-direct_sq_dists(a, b)/(2*sq_sigma[convention]))
+
+def direct_mmd2(fx, fy, convention):
+    if convention=='paper_unit_sigma10': fx, fy = l2_normalize(fx), l2_normalize(fy)
+    kernel = direct_kernel(fx, fy, convention)
+    within = []
+    for f in fx, fy:
+        k, n = kernel(f, f), len(f)
+        unbiased = MMD_CONVENTIONS[convention]['unbiased']
+        within.append(k[~np.eye(n, dtype=bool)].mean() if unbiased else k.mean())
+    return sum(within)-2*kernel(fx, fy).mean()
+
+@pytest.mark.parametrize('far', [0, 1e4, 1e8, 1e12])
+@pytest.mark.parametrize('which', ['real', 'synthetic', 'both'])
+def test_one_far_vector_does_not_change_the_distances_of_the_others(which, far):
+    "Squared distances were set to zero where they were small compared with the largest one"
+    fx,fy = random_features(24, 19, 12)
+    fy += .8
+    if which!='synthetic': fx[3] += far
+    if which!='real': fy[5] += 1.01*far
+    both = np.concatenate((fx, fy))
+    assert np.allclose(sq_dists(both, both), direct_sq_dists(both, both), rtol=1e-6, atol=0)
+    expected = direct_mmd2(fx, fy, 'median')
+    assert expected>.2                                                  # far or not, the sets differ
+    for convention in MMD_CONVENTIONS:
+        expected = direct_mmd2(fx, fy, convention)
+        tolerance = 1e-6*max(1, abs(expected))
+        assert abs(mmd2(fx, fy, convention)-expected)<tolerance, convention
+    kernel = gaussian_kernel(median_distance(fx))
+    for dtype,tolerance in (float, 1e-6), (np.float32, 2e-3):
+        estimate = mmd_jackknife(fx.astype(dtype), fy.astype(dtype), kernel)['estimate']
+        assert abs(estimate-direct_mmd2(fx, fy, 'median'))<tolerance, dtype
+    distances = np.sqrt(direct_sq_dists(fx, fy))
+    radii_x, radii_y = (np.sort(np.sqrt(direct_sq_dists(f, f)), 1)[:, 5] for f in (fx, fy))
+    inside = distances<radii_x[:, None]
+    assert prdc(fx, fy)==pytest.approx({
+        'precision': inside.any(0).mean(), 'recall': (distances<radii_y).any(1).mean(),
+        'density': inside.sum(0).mean()/5, 'coverage': inside.any(1).mean()})
+
+def test_sets_of_small_features_have_distances():
+    "Whether real images differ was decided after rounding to three digits"
+    fx,fy = random_features(12, 12, 8)
+    names = [f'f{i}' for i in range(12)]
+    table = set_metrics(1e-5*fx, 1e-5*fy, names)
+    value = table[(table.metric=='mmd2')&(table.convention=='median')].value.iloc[0]
+    assert value==pytest.approx(direct_mmd2(fx, fy, 'median'), rel=1e-6)
+    assert set_metrics(np.repeat(fx[:1], 12, 0), fy, names).value[:5].isna().all()
 
 def test_kernel_sums_do_not_depend_on_the_block_size():
     fx,fy = random_features(41, 30)

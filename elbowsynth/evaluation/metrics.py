@@ -559,7 +559,7 @@ def upsampling_sensitivity(
         fy = np.concatenate([b[2] for b in batches])
         row = {'upsampling': upsampling, 'size': scored_size, 'n_pairs': len(covered)}
         row |= scores[['ssim', 'ssim_full', 'ms_ssim']].mean().to_dict()
-        enough = len(np.unique(fx.round(3), axis=0))>1
+        enough = len(np.unique(fx, axis=0))>1
         for column,convention in SET_COLUMNS.items():
             row[column] = mmd2(fx, fy, convention) if enough else np.nan
         rows.append(row)

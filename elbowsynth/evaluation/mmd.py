@@ -71,13 +71,29 @@ def l2_normalize(
     return vectors/norms[:, None]
 
 # %% ../../nbs/5_evaluation/62_mmd.ipynb #a2fa60a5
+def _recompute_close(
+    distances:torch.Tensor, # (m, n), squared, as `sq_dists` computes them at first
+    scales:torch.Tensor, # (m, n), sums of both squared lengths
+    a:torch.Tensor, # (m, d)
+    b:torch.Tensor, # (n, d)
+    chunk:int=4096, # Pairs at a time
+):
+    "Replace squared distances that have lost half of their digits by sums of squared differences"
+    threshold = torch.finfo(distances.dtype).eps**.5
+    rows, columns = torch.nonzero(distances<threshold*scales, as_tuple=True)
+    for i,j in zip(rows.split(chunk), columns.split(chunk)):
+        distances[i, j] = ((a[i]-b[j])**2).sum(1)
+
 def sq_dists(
-    a, # (m, d), numpy or torch
+    a, # (m, d), numpy or torch, floats
     b, # (n, d), same type as `a`
 ): # (m, n), same type
-    "Squared distance between each row of `a` and each row of `b`"
-    d = ((a**2).sum(1)[:, None]+(b**2).sum(1)-2*a@b.T).clip(0)
-    return d*(d>=1e-9*d.max())
+    "Squared distance between each row of `a` and each row of `b`, accurate for each pair"
+    x, y = torch.as_tensor(a), torch.as_tensor(b)
+    scales = (x**2).sum(1)[:, None]+(y**2).sum(1)
+    distances = (scales-2*x@y.T).clamp(min=0)
+    _recompute_close(distances, scales, x, y)
+    return distances if torch.is_tensor(a) else distances.numpy()
 
 # %% ../../nbs/5_evaluation/62_mmd.ipynb #f33c9ac1
 def median_distance(
@@ -87,7 +103,7 @@ def median_distance(
     "Median distance between two different vectors of a set"
     at = np.linspace(0, len(vectors)-1, min(len(vectors), max_vectors)).round().astype(int)
     vectors = vectors[at].astype(float)
-    vectors = vectors-vectors.mean(0)
+    vectors = vectors-np.median(vectors, 0)
     distances = sq_dists(vectors, vectors)
     distances = distances[distances>0]
     if not len(distances): raise ValueError('all feature vectors are equal: no median distance')
@@ -104,12 +120,9 @@ def gaussian_kernel(
     scale = -1/(2*sigma**2)
     def kernel(a, b):
         if normalize: a,b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-        if not minus_one: return torch.exp(sq_dists(a, b)/(-2*sigma**2))
-        center = b.mean(0)
-        a,b = a-center, b-center
-        norms_a, norms_b = (a*a).sum(1), (b*b).sum(1)
-        d = torch.addmm(norms_b[None], a, b.T, alpha=-2).add_(norms_a[:, None]).clamp_(min=0)
-        return d.mul_(scale).expm1_()
+        if not minus_one: return torch.exp(sq_dists(a, b)*scale)
+        center = b.median(0).values                                  # a far vector does not move it
+        return sq_dists(a-center, b-center).mul_(scale).expm1_()
     return kernel
 
 def cubic_kernel(
@@ -176,10 +189,12 @@ def _within_sums(blocks, n, kernel):
         for to,b in blocks():
             if to.start>at.start: break                              # the matrix is symmetric
             values = kernel(a, b)
-            if at==to: diagonal[at] = values.diagonal().cpu().numpy()
+            if at==to:
+                diagonal[at] = values.diagonal().cpu().numpy()
+                values.fill_diagonal_(0)                             # subtracting it loses digits
             else: sums[to] += values.sum(0).cpu().numpy()
             sums[at] += values.sum(1).cpu().numpy()
-    return sums-diagonal, diagonal
+    return sums, diagonal
 
 # %% ../../nbs/5_evaluation/62_mmd.ipynb #047ce67a
 def kernel_sums(
@@ -197,7 +212,7 @@ def kernel_sums(
         l2_normalize(fy, 'fy')
     kernel = make_kernel(options, fx, fy, minus_one=False)
     uses_distances = options['kernel']!='cubic' and not options['unit_norm']
-    center = fx.mean(0, dtype=float) if uses_distances else None
+    center = np.median(fx, 0).astype(float) if uses_distances else None
     def blocks_x(): return float64_blocks(fx, center, block_size, device)
     def blocks_y(): return float64_blocks(fy, center, block_size, device)
     xx, dx = _within_sums(blocks_x, len(fx), kernel)
@@ -310,7 +325,7 @@ def set_metrics(
 )->pd.DataFrame: # metric, value, convention and estimator; NaN where the sets are too small
     "MMD under every convention, KID, precision, recall, density, coverage and Vendi scores"
     first = np.unique(np.asarray(images), return_index=True)[1]
-    enough = len(np.unique(fx.round(3), axis=0))>1 and len(fx)>1
+    enough = len(np.unique(fx, axis=0))>1
     rows = []
     for name,options in MMD_CONVENTIONS.items():
         value = mmd2(fx, fy, name) if enough else np.nan
