@@ -4,7 +4,8 @@ from elbowsynth.core import lazy_exports
 PUBLIC = {                          # public name to module
     'PATHOLOGIES': 'classes', 'VIEWS': 'classes', 'SIDES': 'classes', 'region_of': 'classes',
     'caption': 'classes',
-    'read_image': 'images', 'write_png': 'images', 'load_images': 'images', 'image_shape': 'images',
+    'read_image': 'images', 'read_gray8': 'images', 'read_mask': 'images',
+    'write_png': 'images', 'load_images': 'images', 'image_shape': 'images',
     'to_grayscale': 'images', 'thumbnail': 'images', 'binarize_mask': 'images',
     'LabelsError': 'labels', 'read_labels': 'labels', 'read_pairs': 'labels',
     'polygon_mask': 'annotations', 'mask_to_polygons': 'annotations',

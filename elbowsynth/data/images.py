@@ -167,15 +167,14 @@ def resolve_inside(
     try:
         path = folder/name
         if not path.is_file(): path = folder/name.replace('\\', '/')
-        if not path.is_relative_to(folder): return None
-        if not path.is_file():
+        if not path.is_file() and path.is_relative_to(folder):
             parts = path.relative_to(folder).parts
             path = folder
             for part in parts:
                 normalized = unicodedata.normalize('NFC', part)
                 path /= _listing(path, listings).get(normalized, part)
-        is_inside = path.resolve().is_relative_to(folder.resolve())
-        return path if path.is_file() and is_inside else None
+        if not path.is_file(): return None
+        return path if path.resolve().is_relative_to(folder.resolve()) else None
     except (OSError, ValueError): return None                       # too long, or a NUL byte
 
 # %% ../../nbs/2_data/21_images.ipynb #5adf499f
