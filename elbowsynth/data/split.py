@@ -12,15 +12,18 @@ from pathlib import Path
 from ..core import atomic_write
 from ..paper import TABLE3
 from .classes import PATHOLOGIES, region_of, VIEWS
-from .labels import read_pairs
+from .labels import normalize_patient_id, read_pairs
 
 # %% ../../nbs/2_data/32_split.ipynb #9126788f
 def patient_groups(
     pairs:pd.DataFrame, # Column `patient`; `group` (may be empty) and `image`, if there are any
 )->pd.Series: # The name of each row's group: its first patient
     "The pairs that must stay in one set"
-    keys = [pairs[k].fillna('').astype(str) for k in ('group', 'image', 'patient') if k in pairs]
-    group, previous = keys[-1], None
+    def text(column): return pairs[column].fillna('').astype(str)
+    group, previous = text('patient'), None
+    normalized = {p: normalize_patient_id(p) or p for p in group.unique()}
+    keys = [text(column) for column in ('group', 'image') if column in pairs]
+    keys.append(group.map(normalized))
     while previous is None or not group.equals(previous):
         previous = group
         for key in keys: group = group.where(key=='', group.groupby(key).transform('min'))
