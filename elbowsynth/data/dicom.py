@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['DICOM_PREFIX', 'FIRST_GROUPS', 'FIRST_ELEMENTS', 'IMPLICIT_LITTLE_ENDIAN', 'EXPLICIT_LITTLE_ENDIAN',
            'EXPLICIT_BIG_ENDIAN', 'RADIOGRAPH_MODALITIES', 'PHOTOMETRIC_INTERPRETATIONS', 'LOSSLESS_SYNTAXES',
-           'BODY_PARTS', 'AMBIGUOUS_VIEWS', 'FOR_PROCESSING_CLASS', 'ANONYMIZED', 'is_dicom', 'read_dicom',
-           'DicomError', 'dicom_error', 'stored_values', 'voi_table', 'padding_mask', 'apply_voi', 'display_pixels',
+           'BODY_PARTS', 'AMBIGUOUS_VIEWS', 'FOR_PROCESSING_CLASS', 'is_dicom', 'read_dicom', 'DicomError',
+           'dicom_error', 'stored_values', 'voi_table', 'padding_mask', 'apply_voi', 'display_pixels',
            'match_single_term', 'dicom_view', 'dicom_side', 'pixel_spacing', 'age_years', 'dicom_metadata',
-           'patient_key', 'decoder_warnings', 'read_dicom_image', 'import_dicom']
+           'PatientIdentity', 'patient_identity', 'link_dicom_patients', 'decoder_warnings', 'read_dicom_image',
+           'import_dicom']
 
 # %% ../../nbs/2_data/25_dicom.ipynb #4f9fce16
-import contextlib, logging, re, threading, warnings
+import contextlib, logging, re, threading, unicodedata, warnings
 import numpy as np, pydicom
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_windowing, pixel_array
@@ -20,9 +23,10 @@ from pydicom.uid import (
     HTJ2KLossless, HTJ2KLosslessRPCL, JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1,
     JPEGLSLossless, RLELossless)
 from .images import MAX_PIXELS
-from elbowsynth.data.importers import (
-    drop_equal_channels, Imported, list_files, normalize_term, SIDE_ALIASES, VIEW_ALIASES,
-    write_import)
+from .importers import (
+    drop_equal_channels, first_linked, Imported, is_placeholder, list_files, normalize_term,
+    SIDE_ALIASES, VIEW_ALIASES, write_import)
+from .labels import normalize_patient_id
 
 # %% ../../nbs/2_data/25_dicom.ipynb #a5f5ace7
 DICOM_PREFIX = b'DICM'
@@ -331,23 +335,70 @@ def dicom_metadata(
     return {'view': dicom_view(ds), 'side': dicom_side(ds), 'extra': extra}
 
 # %% ../../nbs/2_data/25_dicom.ipynb #01ec51f5
-ANONYMIZED = '|anon(ymous|ymized|ymised)?|unknown|none|removed|deidentified'
+@dataclass(frozen=True)
+class PatientIdentity:
+    "What a header says about a patient, normalized; empty where it says nothing"
+    number:str='' # PatientID
+    issuer:str='' # IssuerOfPatientID
+    name:str='' # PatientName
+    birth_date:str='' # PatientBirthDate, 8 digits
 
-def _is_identifying(text):
-    "Whether a name or number is not a placeholder that many patients share"
-    letters = re.sub(r'[\W_0]', '', text.lower())
-    return not re.fullmatch(ANONYMIZED, letters)
+def _normalized_name(text):
+    "A name without case, separators and other scripts"
+    plain = unicodedata.normalize('NFKC', text.split('=')[0]).casefold()
+    return ' '.join(re.findall(r'\w+', plain.replace('_', ' ')))
 
-def patient_key(
+def patient_identity(
     ds:Dataset, # A DICOM image
-)->tuple[str,str]: # Patient and study, empty if unknown; never written
-    "PatientID, else PatientName and PatientBirthDate, unless these are placeholders"
+)->PatientIdentity: # Never written
+    "The identity of a patient, without placeholders that many patients share"
     def stripped(tag): return str(ds.get(tag) or '').strip()
-    number, name = stripped('PatientID'), stripped('PatientName')
-    patient = ''
-    if _is_identifying(number): patient = f'{stripped("IssuerOfPatientID")}|{number}'
-    elif _is_identifying(name): patient = f'{name}|{stripped("PatientBirthDate")}'
-    return patient, str(ds.get('StudyInstanceUID') or '')
+    number, name = normalize_patient_id(stripped('PatientID')), stripped('PatientName')
+    is_number = not is_placeholder(number.replace('0', ''))
+    birth_date = re.sub(r'\D', '', stripped('PatientBirthDate'))
+    is_date = len(birth_date)==8 and birth_date[4:]!='0000' and birth_date[:4]>'1900'
+    return PatientIdentity(
+        number if is_number else '', _normalized_name(stripped('IssuerOfPatientID')),
+        '' if is_placeholder(name.replace('0', '')) else _normalized_name(name),
+        birth_date if is_date else '')
+
+# %% ../../nbs/2_data/25_dicom.ipynb #84e5b746
+def _is_one_person(a, b):
+    "Whether two identities of one number are one person"
+    if a.issuer and b.issuer and a.issuer!=b.issuer: return False
+    if a.issuer==b.issuer: return True
+    if a.birth_date and b.birth_date: return a.birth_date==b.birth_date
+    return not (a.name and b.name) or a.name==b.name
+
+def _patient_links(identities):
+    "Pairs that are one person, and (i, j, reason) of pairs that may be"
+    by_number, by_name = {}, {}
+    for i,identity in enumerate(identities):
+        if identity.number: by_number.setdefault(identity.number, []).append(i)
+        if identity.name: by_name.setdefault(identity.name, []).append(i)
+    links, candidates = [], []
+    for i,j in (pair for group in by_name.values() for pair in combinations(group, 2)):
+        dates = {identities[i].birth_date, identities[j].birth_date}
+        if len(dates)==1 and dates!={''}: links.append((i, j))
+        elif '' in dates: candidates.append((i, j, 'the same name, with another number'))
+    for i,j in (pair for group in by_number.values() for pair in combinations(group, 2)):
+        if _is_one_person(identities[i], identities[j]): links.append((i, j))
+        else: candidates.append((i, j, 'the same number, with another issuer or name'))
+    return links, candidates
+
+def link_dicom_patients(
+    records:list[dict], # With `identity`
+)->tuple[list[str], list[tuple]]: # A key for each, '' if unknown; (key, key, reason)
+    "One key for all images of a person, and pairs of keys that may be one person"
+    distinct = list(dict.fromkeys(r['identity'] for r in records))
+    links, candidates = _patient_links(distinct)
+    # Without a number, a name and a birth date identify a person; a name alone does, too.
+    is_known = [bool(i.number or i.name) for i in distinct]
+    first = first_linked(len(distinct), links)
+    keys = [f'person {f}' if known else '' for f,known in zip(first, is_known)]
+    pairs = [(keys[i], keys[j], reason) for i,j,reason in candidates if keys[i]!=keys[j]]
+    key_of = dict(zip(distinct, keys))
+    return [key_of[r['identity']] for r in records], list(dict.fromkeys(pairs))
 
 # %% ../../nbs/2_data/25_dicom.ipynb #3ced87f5
 class _ThreadLog(logging.Handler):
@@ -372,14 +423,14 @@ def read_dicom_image(
     path:Path, # A file
     voi_index:int=0, # Which of its VOI tables or windows
     prefer_lut:bool=True, # Tables before windows
-)->tuple[np.ndarray, dict]: # Pixels; metadata, with the patient key in memory
+)->tuple[np.ndarray, dict]: # Pixels; metadata, with the identity of the patient in memory
     "Read a DICOM radiograph; raises `DicomError` with a reason that identifies nobody"
     if not is_dicom(path): raise DicomError('not a DICOM file')
     try:
         ds = read_dicom(path)
         error = dicom_error(ds)
         metadata = dicom_metadata(ds)
-        patient, study = patient_key(ds)
+        identity, study = patient_identity(ds), str(ds.get('StudyInstanceUID') or '')
     except Exception as e:
         error_type = type(e).__name__
         raise DicomError(f'damaged: its header cannot be read ({error_type})') from None
@@ -391,7 +442,7 @@ def read_dicom_image(
         error_type = type(e).__name__
         raise DicomError(f'damaged: its pixels cannot be decoded ({error_type})') from None
     extra = metadata['extra'] | voi | {'decoder_warning': str(int(bool(messages)))}
-    return image, metadata | {'patient': patient, 'study': study, 'extra': extra}
+    return image, metadata | {'identity': identity, 'study': study, 'extra': extra}
 
 # %% ../../nbs/2_data/25_dicom.ipynb #b5732d8a
 def import_dicom(
@@ -409,4 +460,5 @@ def import_dicom(
         # They quote header values; those of the decoder are counted instead.
         warnings.simplefilter('ignore')
         return write_import(records, source, out, reader=read, deidentify=True, rejects=rejects,
-                            notes={'format': 'DICOM'}, **kwargs)
+                            notes={'format': 'DICOM'}, link_patients=link_dicom_patients,
+                            **kwargs)

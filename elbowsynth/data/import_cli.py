@@ -7,9 +7,9 @@ __all__ = ['REMARKS', 'IMPORTERS', 'ALLOWED_OPTIONS', 'format_summary', 'parse_l
            'main']
 
 # %% ../../nbs/2_data/27_import_cli.ipynb #5626dac8
-import argparse, sys
-from collections import Counter
+import argparse, re, sys
 from pathlib import Path
+from .annotations import MAX_LISTED
 from .importers import (
     import_folder, Imported, label_mapping, normalize_term, SIDE_ALIASES, VIEW_ALIASES)
 from .dicom import import_dicom
@@ -18,6 +18,8 @@ from .public_datasets import import_fracatlas, import_mura, import_png16, import
 # %% ../../nbs/2_data/27_import_cli.ipynb #c1ee7f80
 REMARKS = {'n_augmented_copies_dropped': 'augmented copies dropped',
            'n_images_in_several_splits': 'images with copies in several splits',
+           'n_without_label_file': 'images without a label file, imported as unknown',
+           'n_other_regions': 'images of other parts of the body, not imported',
            'n_hardware': 'with hardware', 'n_cast': 'with a cast',
            'n_multiscan': 'with several views', 'n_for_processing': 'meant for processing',
            'n_burned_in': 'with burned-in annotations',
@@ -25,6 +27,33 @@ REMARKS = {'n_augmented_copies_dropped': 'augmented copies dropped',
            'n_decoder_warning': 'that the decoder warned of (look at them)'}
 
 # %% ../../nbs/2_data/27_import_cli.ipynb #2152b7eb
+def _patient_lines(summary):
+    "What is uncertain about the patients"
+    lines, n = [], summary.get('n_unknown_patients', 0)
+    if n:
+        lines.append(f'  patient unknown: {n} images, in {summary["n_unknown_groups"]} groups by '
+                     'study, file name and similarity; fix: fill in the column patient if you can')
+    pairs = summary.get('possibly_one_patient', [])
+    lines += [f'  possibly one patient: {pair}' for pair in pairs[:MAX_LISTED]]
+    n_more = len(pairs)-MAX_LISTED
+    if n_more>0: lines.append(f'  and {n_more} more pairs, in import.json')
+    return lines
+
+def _reject_lines(rejects, out):
+    "The kinds of reasons with their counts; reasons that differ in numbers only are one kind"
+    kinds = {}
+    for reason in rejects.reason:
+        kinds.setdefault(re.sub(r'\d+(\.\d+)?', 'N', reason), []).append(reason)
+    by_count = sorted(kinds.values(), key=len, reverse=True)
+    lines = []
+    for reasons in by_count[:MAX_LISTED]:
+        example = ', for example' if len(set(reasons))>1 else ''
+        lines.append(f'  rejected: {len(reasons)} x {reasons[0]}{example}')
+    n_more = sum(len(reasons) for reasons in by_count[MAX_LISTED:])
+    if n_more: lines.append(f'  rejected: {n_more} for other reasons')
+    if lines: lines.append(f'  all {len(rejects)} are listed in {out}/rejects.csv')
+    return lines
+
 def format_summary(
     result:Imported, # From an importer
     out:Path, # Its folder
@@ -35,11 +64,14 @@ def format_summary(
     lines = [f'{s["n_images"]} images of {s["n_patients"]} patients, {s["n_pairs"]} pairs with '
              f'{s["n_masks"]} masks, in {out}; license: {s["license"]}']
     lines += [f'  {text}: {s[key]}' for key,text in REMARKS.items() if s.get(key)]
-    reasons = Counter(result.rejects.reason).most_common()
-    lines += [f'  rejected: {n} x {reason}' for reason,n in reasons]
-    if reasons: lines.append(f'  listed in {out}/rejects.csv')
+    lines += _patient_lines(s)
+    if s.get('n_empty_label_files'):
+        lines.append(f'  {s["n_empty_label_files"]} images with an empty label file, imported as '
+                     f'{s["class_of_empty_files"]}')
+    lines += _reject_lines(result.rejects, out)
     if deidentify:
-        lines += [f'    {file}: {reason}' for file,reason in result.rejects.head(20).values]
+        first = result.rejects.head(MAX_LISTED)
+        lines += [f'    {file}: {reason}' for file,reason in first.values]
     missing = {column: s[f'missing_{column}'] for column in ('view', 'side', 'pathology')}
     missing = [f'{column} of {n}' for column,n in missing.items() if n]
     if missing:
@@ -65,6 +97,7 @@ IMPORTERS = {'dicom': import_dicom, 'mura': import_mura, 'fracatlas': import_fra
 ALLOWED_OPTIONS = {
     'labels': ['mura', 'fracatlas', 'yolo', 'folder', 'png16'], 'unmapped': ['yolo', 'folder'],
     'columns': ['folder', 'png16'], 'table': ['folder', 'png16'], 'annotations': ['folder'],
+    'attribute': ['folder'],
     'files': ['fracatlas'], 'body_parts': ['fracatlas'], 'empty_label': ['yolo'],
     'voi_index': ['dicom'], 'prefer_lut': ['dicom'], 'deidentify': ['folder', 'png16']}
 
@@ -91,10 +124,13 @@ def build_parser()->argparse.ArgumentParser: # For all importers
         help='name of a column of the table (folder, png16)')
     add('--table', type=Path, help='table of the images (folder, png16)')
     add('--annotations', type=Path, help='COCO or VGG file (folder)')
+    add('--attribute', help='region attribute with the label, if a VGG file has several (folder)')
     add('--files', type=Path, help='list of the images to import (fracatlas)')
     add('--body-part', action='append', dest='body_parts', metavar='PART',
         help='hand, leg, hip or shoulder (fracatlas)')
-    add('--empty-label', help='class of an image with an empty label file (yolo)')
+    add('--empty-label', metavar='CLASS',
+        help='class of an image with an empty label file; without it, normal if all classes are '
+             'imported, else unknown (yolo)')
     add('--voi-index', type=int, help='which VOI table or window, from 0 (dicom)')
     add('--prefer-windows', action='store_false', dest='prefer_lut', default=None,
         help='use windows before VOI tables (dicom)')
