@@ -6,8 +6,8 @@
 __all__ = ['CHECKSUMS', 'restore_last_finite', 'get_device', 'configure_device', 'to_tensor', 'to_uint8', 'batch_indices',
            'checkpoint_steps', 'JsonlLogger', 'read_log', 'DamagedFile', 'save_tensors', 'load_tensors',
            'previous_checkpoint', 'TrainingDiverged', 'first_nonfinite', 'verify_checkpoint', 'restore_checkpoint',
-           'raise_diverged', 'save_checkpoint', 'load_checkpoint', 'NanGuard', 'all_finite', 'remove_leftovers',
-           'lock_training', 'claim_training_dir', 'print_start', 'save_samples', 'lr_factor', 'EMA']
+           'raise_diverged', 'save_checkpoint', 'check_names', 'load_checkpoint', 'NanGuard', 'all_finite',
+           'remove_leftovers', 'lock_training', 'claim_training_dir', 'print_start', 'save_samples', 'lr_factor', 'EMA']
 
 # %% ../nbs/0_core/04_training.ipynb #b2d30c78
 import contextlib, ctypes, fcntl, json, os, shutil, sys, time, zlib
@@ -156,7 +156,7 @@ def _checksum(tensor):
     kind = zlib.crc32(f'{tensor.dtype} {tuple(tensor.shape)}'.encode())
     return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), kind)
 
-def _state_checksum(state): return zlib.crc32(json.dumps(state).encode())
+def _state_checksum(state): return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 # %% ../nbs/0_core/04_training.ipynb #95b184a6
 CHECKSUMS = '/checksums' # Their key in the state of a file
@@ -173,7 +173,7 @@ def save_tensors(
         contiguous[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     checksums = {name: _checksum(tensor) for name,tensor in contiguous.items()}
     state[CHECKSUMS] = {'': _state_checksum(state)} | checksums
-    save_file(contiguous, path, metadata={'state': json.dumps(state)})
+    save_file(contiguous, path, metadata={'state': json.dumps(state, sort_keys=True)})
 
 # %% ../nbs/0_core/04_training.ipynb #5f39ca6c
 def _open_tensors(path):
@@ -353,6 +353,18 @@ def _restore_optimizer(optimizer, tensors, others):
     groups = optimizer.state_dict()['param_groups']
     sorted_values = {i: values[i] for i in sorted(values)}
     optimizer.load_state_dict({'state': sorted_values, 'param_groups': groups})
+
+# %% ../nbs/0_core/04_training.ipynb #fbd2a5d3
+def check_names(
+    expected, # Names of what is to be restored
+    found, # Names in a checkpoint
+):
+    "Raise `ValueError` unless a checkpoint has exactly the expected tensors"
+    missing, unexpected = sorted(set(expected)-set(found)), sorted(set(found)-set(expected))
+    if not missing and not unexpected: return
+    def listed(names): return f'{len(names)} ({", ".join(names[:3])})' if names else 'none'
+    raise ValueError(f'a checkpoint has other tensors than the model: missing {listed(missing)}, '
+                     f'unexpected {listed(unexpected)}; expected the same model')
 
 # %% ../nbs/0_core/04_training.ipynb #cb2dc058
 def load_checkpoint(
@@ -559,4 +571,5 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
+        check_names(self.shadow_params, state_dict)
         for n,t in self.shadow_params.items(): t.copy_(state_dict[n])

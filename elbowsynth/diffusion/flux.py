@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from ..data.classes import caption, PATHOLOGIES, VIEWS
 from elbowsynth.diffusion.base_models import (
-    load_base_pipeline, prepare_pipeline, tiny_clip, tiny_clip_tokenizer, tiny_vae,
+    load_base_pipeline, load_lora, prepare_pipeline, tiny_clip, tiny_clip_tokenizer, tiny_vae,
     use_random_weights)
 from .distributed import init_distributed
 from .finetune import fine_tune, train_cli
@@ -71,7 +71,7 @@ def load_flux(
     from diffusers import FluxFillPipeline
     if use_random_weights(base_model, 'flux'): pipe = prepare_pipeline(tiny_flux(), dtype, device)
     else: pipe = load_base_pipeline(FluxFillPipeline, base_model, dtype, device)
-    if lora: pipe.load_lora_weights(lora)
+    if lora: load_lora(pipe, lora)
     return pipe
 
 # %% ../../nbs/4_diffusion/50_flux.ipynb #4875f0f1

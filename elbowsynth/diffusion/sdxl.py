@@ -11,8 +11,8 @@ import numpy as np, torch, torch.nn.functional as F
 from functools import partial
 from pathlib import Path
 from elbowsynth.diffusion.base_models import (
-    load_base_pipeline, prepare_pipeline, small_unet, tiny_clip, tiny_clip_tokenizer, tiny_vae,
-    use_random_weights)
+    load_base_pipeline, load_lora, prepare_pipeline, small_unet, tiny_clip, tiny_clip_tokenizer,
+    tiny_vae, use_random_weights)
 from .distributed import init_distributed
 from .finetune import fine_tune, train_cli
 from .latents import InpaintDataset
@@ -54,7 +54,7 @@ def load_sdxl(
     if use_random_weights(base_model, 'sdxl'): pipe = prepare_pipeline(tiny_sdxl(), dtype, device)
     else: pipe = load_base_pipeline(StableDiffusionXLInpaintPipeline, base_model, dtype, device,
                                     add_watermarker=False)
-    if lora: pipe.load_lora_weights(lora)
+    if lora: load_lora(pipe, lora)
     return pipe
 
 # %% ../../nbs/4_diffusion/49_sdxl.ipynb #40e1bf12

@@ -1,0 +1,122 @@
+"""Kill a function at a file operation, run it again, and compare every file with an undisturbed run
+
+    from kills import run_with_kills
+    differing = run_with_kills('test_gans:train_quickly', tmp_path, n_kills=8)
+    assert differing == {k: [] for k in differing}
+
+`test_gans:train_quickly` is a function of one argument, the folder to write into, in a module of `tests`.
+A kill at operation n is a SIGKILL before the n-th call that changes a file or a folder (open to write,
+replace, rename, link, unlink, mkdir, rmdir, fsync, `save_file` of safetensors), or right after a file was
+emptied or half written. One process imports the module and forks a child for each run
+"""
+import importlib, json, os, random, signal, subprocess, sys
+from pathlib import Path
+
+# What a log has that depends on the clock
+TIMES = ('seconds', 'seconds_per_step', 'eta_seconds', 'images_per_second', 'duration')
+
+# ---- in the child
+
+def count_operations(kill_at, operation_log):
+    "Count all file operations of this process from now on; SIGKILL at number `kill_at` (0: never)"
+    import builtins, io, safetensors.torch
+    count = [0]
+    def point(text):
+        count[0] += 1
+        operation_log.write(f'{count[0]} {text}\n')
+        operation_log.flush()
+        if count[0] == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+    def counted(function, name):
+        def call(*args, **kwargs):
+            point(f'{name} {" ".join(str(a) for a in args[:2])}')
+            return function(*args, **kwargs)
+        return call
+    for name in ('replace', 'rename', 'link', 'unlink', 'remove', 'mkdir', 'rmdir', 'fsync'):
+        setattr(os, name, counted(getattr(os, name), name))
+    open_file, save_file = io.open, safetensors.torch.save_file
+    def counted_open(file, mode='r', *args, **kwargs):
+        writes = isinstance(file, (str, os.PathLike)) and any(c in mode for c in 'wax+')
+        if writes: point(f'open to write {file}')
+        opened = open_file(file, mode, *args, **kwargs)
+        if writes: point(f'opened {file}')
+        return opened
+    def counted_save(tensors, filename, *args, **kwargs):
+        point(f'save_file {filename}')
+        save_file(tensors, filename, *args, **kwargs)
+        if count[0]+1 == kill_at: os.truncate(filename, os.path.getsize(filename)//2)
+        point(f'half written {filename}')
+    io.open = builtins.open = counted_open
+    for module in list(sys.modules.values()):
+        if getattr(module, 'save_file', None) is save_file: module.save_file = counted_save
+
+def fork_run(function, out, kill_at, operation_log):
+    "Run `function(out)` in a child; its exit status, negative for a signal"
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            with open(operation_log, 'w') as f:
+                count_operations(kill_at, f)
+                function(Path(out))
+            status = 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally: os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def run_all(target, folder, n_kills, seed):
+    "An undisturbed run, and runs that are killed and started again; writes `moments.json`"
+    import torch
+    torch.set_num_threads(1)
+    module, name = target.split(':')
+    function, folder = getattr(importlib.import_module(module), name), Path(folder)
+    operation_log = folder/'operations.txt'
+    if fork_run(function, folder/'undisturbed'/'out', 0, operation_log):
+        sys.exit(f'{target} fails without a kill')
+    operations = operation_log.read_text().splitlines()
+    moments = sorted(random.Random(seed).sample(range(1, len(operations)+1), min(n_kills, len(operations))))
+    for moment in moments:
+        out = folder/f'kill-{moment}'/'out'
+        if fork_run(function, out, moment, folder/'killed.txt') != -signal.SIGKILL:
+            sys.exit(f'{target} was not killed at {operations[moment-1]}')
+        if fork_run(function, out, 0, folder/'resumed.txt'):
+            sys.exit(f'{target} fails when it is started again after a kill at {operations[moment-1]}')
+    (folder/'moments.json').write_text(json.dumps({m: operations[m-1] for m in moments}))
+
+# ---- in the test
+
+def comparable(path, ignored_tensors=()):
+    "Contents of a file, without what depends on the clock and without some tensors"
+    if path.suffix == '.jsonl':
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+    if path.suffix == '.safetensors' and ignored_tensors:
+        from safetensors.torch import load_file
+        return {k: v.tolist() for k, v in load_file(path).items() if not k.startswith(tuple(ignored_tensors))}
+    return path.read_bytes()
+
+def differing_files(a, b, ignored_tensors=()):
+    "Files below two folders that are in one only or differ; hidden files count, too"
+    a, b = Path(a), Path(b)
+    files = {p.relative_to(top) for top in (a, b) for p in top.rglob('*') if p.is_file()}
+    def same(name):
+        both = (a/name).is_file() and (b/name).is_file()
+        return both and comparable(a/name, ignored_tensors) == comparable(b/name, ignored_tensors)
+    return [str(name) for name in sorted(files) if not same(name)]
+
+def run_with_kills(target, folder, n_kills=8, seed=0, ignored_tensors=(), timeout=1800):
+    "{operation at which the run was killed: files that differ from those of the undisturbed run}"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tests = Path(__file__).parent
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(tests.parent), str(tests)])}
+    command = [sys.executable, __file__, target, str(folder), str(n_kills), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-2000:]+done.stderr[-4000:]
+    moments = json.loads((folder/'moments.json').read_text())
+    undisturbed = folder/'undisturbed'
+    return {f'{n} {operation}': differing_files(undisturbed, folder/f'kill-{n}', ignored_tensors)
+            for n, operation in moments.items()}
+
+if __name__ == '__main__': run_all(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
