@@ -990,6 +990,65 @@ def test_one_class_is_split_as_closely_as_its_patients_allow(sizes):
     target = .3*sum(sizes)
     assert abs(n_test-target)<=min(abs(s-target) for s in sums)+1e-9
 
+def distance_to_target(rows, test_patients):
+    "Weighted squared distance, from its description: classes, and for little their total and the views"
+    total, test = {}, {}
+    for patient,pathology,view in rows:
+        for weight,key in ((1, pathology), (.1, 'all'), (.05, (pathology, view))):
+            total[key] = total.get(key, 0)+weight
+            test[key] = test.get(key, 0)+weight*(patient in test_patients)
+    return sum((test[key]-.3*n)**2/max(1, .3*n) for key,n in total.items())
+
+def test_a_case_in_which_the_search_got_stuck():
+    "Patients with 1, 3, 3, 3, 3 and 4 images: 5 of 17 are nearer to 5.1 than 6"
+    for seed in range(20):
+        pairs = pd.DataFrame({'patient': np.repeat(list('abcdef'), [1, 3, 3, 3, 3, 4]),
+                              'pathology': 'joint effusion'})
+        assert (stratified_group_split(pairs, seed=seed)=='test').sum()==5
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.lists(st.tuples(st.sampled_from(PATHOLOGIES[:3]), st.sampled_from(VIEWS)), min_size=1,
+                         max_size=5), min_size=2, max_size=6), st.integers(0, 3))
+def test_a_small_split_is_the_best_of_all(patients, seed):
+    rows = [(f'P{i}', *image) for i,images in enumerate(patients) for image in images]
+    pairs = pd.DataFrame(rows, columns=['patient', 'pathology', 'view'])
+    names = [f'P{i}' for i in range(len(patients))]
+    subsets = [[n for i,n in enumerate(names) if k>>i & 1] for k in range(1, 2**len(names)-1)]
+    best = min(distance_to_target(rows, subset) for subset in subsets)
+    is_test = stratified_group_split(pairs, seed=seed)=='test'
+    assert distance_to_target(rows, set(pairs.patient[is_test]))<=best+1e-9
+
+def test_a_split_that_knows_few_patients_is_refused_unless_allowed(tmp_path, capsys):
+    def write(n_unknown, name='unknown-{}'):
+        patients = [name.format(i) if i<n_unknown else f'P{i}' for i in range(10)]
+        pairs = pd.DataFrame({'pair': list('abcdefghij'), 'image': list('abcdefghij'), 'patient': patients,
+                              'view': 'AP', 'pathology': 'normal', 'group': ''})
+        (tmp_path/'masks').mkdir(exist_ok=True)
+        pairs.to_csv(tmp_path/'masks'/'pairs.csv', index=False)
+        return tmp_path/'masks', tmp_path/'split'
+    assert len(write_split(*write(0)))==10 and capsys.readouterr().out==''
+    write_split(*write(5))
+    assert '5 of 10 patients are unknown, with 5 of 10 images' in capsys.readouterr().out
+    (tmp_path/'split'/'pairs.csv').unlink()
+    for name,expected in (('unknown-{}', '6 of 10 patients are unknown, with 6 of 10 images'),
+                          ('N/A', '1 of 5 patients are unknown, with 6 of 10 images')):
+        with pytest.raises(ValueError, match=expected): write_split(*write(6, name))
+        assert not (tmp_path/'split'/'pairs.csv').exists()
+        assert len(write_split(*write(6, name), allow_unknown_patients=True))==10
+        (tmp_path/'split'/'pairs.csv').unlink()
+
+def test_formulas_in_pairs_are_escaped_in_the_split_and_read_back(tmp_path):
+    pairs = pd.DataFrame({'pair': ['=a__normal', 'b__normal'], 'patient': ['+x', '@y'], 'view': 'AP',
+                          'pathology': 'normal', 'mask_area': [.25, .5]})
+    (tmp_path/'masks').mkdir()
+    escape_cells(pairs).to_csv(tmp_path/'masks'/'pairs.csv', index=False)
+    write_split(tmp_path/'masks', tmp_path/'split')
+    lines = (tmp_path/'split'/'pairs.csv').read_text().splitlines()[1:]
+    assert sorted(line.split(',normal')[0] for line in lines)==["'=a__normal,'+x,AP", "b__normal,'@y,AP"]
+    again = read_pairs(tmp_path/'split')
+    assert again.pair.tolist()==pairs.pair.tolist() and again.patient.tolist()==['+x', '@y']
+    assert again.mask_area.tolist()==[.25, .5]
+
 def test_split_of_two_patients_one_patient_and_an_unknown_class():
     two = pd.DataFrame({'patient': ['a', 'a', 'b'], 'pathology': ['normal', 'joint effusion', 'normal']})
     assert sorted(set(stratified_group_split(two)))==['test', 'train']
