@@ -1,18 +1,23 @@
 "The three GANs: optimized training against the plain version, resumption after kill -9, divergence, and which network each loss trains"
-import copy, hashlib, json, os, signal, subprocess, sys, time
+import copy, hashlib, json, re, shutil, subprocess, sys
 from dataclasses import fields, replace
+from pathlib import Path
 import numpy as np, pandas as pd
 import pytest, torch
 from torch import nn
 from safetensors.torch import load_file
 from conftest import ROOT
+from kills import differing_files, run_with_kills
 from elbowsynth.data.classes import PATHOLOGIES as ALL_PATHOLOGIES
 from elbowsynth.data.images import read_image
 from elbowsynth.gans import ac_gan, gan, tac_gan, wgan_gp
 from elbowsynth.gans.gan import adam, one_hot_labels, sample_checkpoint, UpConv
 from elbowsynth.gans.settings import ACGANConfig, TACGANConfig, WGANGPConfig
 from elbowsynth.training import (
-    batch_indices, load_checkpoint, previous_checkpoint, TrainingDiverged)
+    batch_indices, DamagedFile, lock_training, previous_checkpoint, TrainingDiverged)
+
+# What the first optimizer imports takes seconds: once for all runs that `kills` forks
+if Path(sys.argv[0]).name=='kills.py': import torch._dynamo         # noqa: F401
 
 FIELD_SIZES = [14, 2, 2]
 PATHOLOGIES = ['normal', 'joint effusion', 'supracondylar fracture']
@@ -612,15 +617,17 @@ def test_a_training_with_unusual_settings_ends_with_the_weights_of_a_plain_one(m
     assert list((folder/'tensorboard'/'log').iterdir())
 
 @pytest.mark.long('the power of the test above, a minute')
-@pytest.mark.parametrize('model,name', [(model, name) for model in TRAIN for name in sorted(OF_WEIGHTS[model]-{'n_labels'})])
-def test_that_comparison_would_see_each_setting(model, name, unusual):
+@pytest.mark.parametrize('model', list(TRAIN))
+def test_that_comparison_would_see_each_setting(model, unusual):
     "With one setting at its default the plain training ends elsewhere"
-    default = {'epochs': 2}.get(name, getattr(type(UNUSUAL[model])(), name))
-    changes = {name: default}
-    if name=='label_fields': changes['n_labels'] = 18
-    plain,_ = plain_training(model, replace(UNUSUAL[model], **changes))
     weights = load_file(folder_of(model, unusual[0])/'checkpoint.safetensors')
-    assert max(distances(weights, plain).values())>.02
+    unseen = []
+    for name in sorted(OF_WEIGHTS[model]-{'n_labels'}):
+        changes = {name: {'epochs': 2}.get(name, getattr(type(UNUSUAL[model])(), name))}
+        if name=='label_fields': changes['n_labels'] = 18
+        plain,_ = plain_training(model, replace(UNUSUAL[model], **changes))
+        if max(distances(weights, plain).values())<=.02: unseen.append(name)
+    assert unseen==[]
 
 def test_each_setting_is_in_one_of_these_tests(unusual):
     for model,config in UNUSUAL.items():
@@ -694,6 +701,16 @@ def test_samples_have_the_label_the_view_and_the_side_of_their_pair(model, outpu
     difference = abs(images-expected_samples(model, top, pairs))
     assert difference.max()<=1 and difference.mean()<.01        # a rounded gray level may differ
 
+@pytest.mark.parametrize('model', ['ac_gan', 'tac_gan'])
+def test_a_checkpoint_knows_the_order_of_its_label_fields(model, unusual):
+    "Here the view comes first, in the label and in what `sample_checkpoint` takes"
+    top,_ = unusual
+    gen = trained_net(ac_gan.Generator(32, 1/8, 16), 'gen', top/model)
+    noise = torch.from_numpy(np.random.default_rng(7).standard_normal((6, 256), dtype=np.float32))
+    images = sample_checkpoint(top/model, TEST[['view', 'pathology']][:6].to_numpy().tolist(), seed=7, device='cpu')
+    expected = gray_levels(gen(noise, torch.from_numpy(labels_by_hand(TEST[:6], ('view', 'pathology')))))
+    assert abs(images-expected).max()<=1
+
 def nearest_distances(images, train_images):
     differences = images[:, None].astype(float)-train_images[None]
     return np.sqrt((differences**2).mean((2, 3))).min(1)
@@ -727,56 +744,166 @@ def test_metrics_of_a_checkpoint_are_of_validation_images_and_of_their_labels(mo
 
 # Runs that stop
 
-KILLED_TRAINING = '''
-import sys, torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-import test_gans as t
-train, options = t.TRAIN[{model!r}]
-train(t.IMAGES, t.PAIRS, t.PAIRS, {out!r}, epochs=2000, checkpoint_every=2, **t.SMALL, **options)
-'''
+# The smallest training with two checkpoints after epoch 0, and a step between them
+QUICK = dict(width=1/32, device='cpu', log_every=2, epochs=3, checkpoint_every=2, batch_size=6)
+QUICK_OPTIONS = {'wgan_gp': {'n_critic': 1, 'max_models': 2, 'validation_fraction': .3}, 'ac_gan': {}, 'tac_gan': {}}
+
+def train_quickly(model, out, **settings):
+    "The conditional models with images of side 16"
+    if model=='wgan_gp': pairs,images = MANY[:12], MANY_IMAGES[:12]
+    else: pairs,images = MANY[:8], MANY_IMAGES[:8, ::2, ::2]
+    TRAIN[model][0](images, pairs, TEST[:4], out, **QUICK | QUICK_OPTIONS[model] | settings)
+
+def train_all_quickly(out):
+    for model in TRAIN: train_quickly(model, out/model)
+
+def check_kills(folder, n_kills, seed=0):
+    differing = run_with_kills('test_gans:train_all_quickly', folder, n_kills, seed)
+    assert len(differing)==n_kills
+    assert not any(differing.values()), {k: v for k,v in differing.items() if v}
+
+def test_runs_killed_at_file_operations_end_with_the_same_files(tmp_path): check_kills(tmp_path, 4)
+
+@pytest.mark.long('50 kills')
+def test_fifty_kills(tmp_path): check_kills(tmp_path, 50, seed=1)
+
+class Killed(BaseException): "Instead of a signal, in the same process"
+
+@pytest.mark.parametrize('function', ['save_samples', 'write_png', 'log_checkpoint_metrics', 'save_checkpoint'])
+@pytest.mark.parametrize('model', ['wgan_gp', 'ac_gan'])
+def test_a_kill_at_epoch_0_loses_nothing(model, function, tmp_path, monkeypatch):
+    "After the samples, in the grid, before the record and before the first checkpoint"
+    train_quickly(model, tmp_path/'undisturbed', epochs=0)
+    def killed(*args, **options): raise Killed
+    module = gan if function in ('write_png', 'save_checkpoint') else {'wgan_gp': wgan_gp, 'ac_gan': ac_gan}[model]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, killed)
+        with pytest.raises(Killed): train_quickly(model, tmp_path/'killed', epochs=0)
+    train_quickly(model, tmp_path/'killed', epochs=0)
+    assert differing_files(tmp_path/'undisturbed', tmp_path/'killed')==[]
+    assert list((tmp_path/'killed').glob('**/sample_grids/0000.png'))
+    assert len(next((tmp_path/'killed').glob('**/checkpoint_metrics.jsonl')).read_text().splitlines())==1
 
 @pytest.fixture(scope='module')
-def killed(tmp_path_factory):
-    "All three models, killed with signal 9 in the middle of training"
-    top = tmp_path_factory.mktemp('killed')
-    env = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
-    processes = {}
+def short_and_long(tmp_path_factory):
+    "Each model trained for two epochs, and for four"
+    top = tmp_path_factory.mktemp('lengths')
     for model in TRAIN:
-        code = KILLED_TRAINING.format(tests=str(ROOT/'tests'), model=model, out=str(top/model))
-        processes[model] = subprocess.Popen([sys.executable, '-c', code], env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    def reached_epoch_4(out): return any(list(out.glob(name)) for name in ('samples/0004', '*/samples/0004'))
-    end = time.time()+300
-    while time.time()<end and any(p.poll() is None for p in processes.values()):
-        for model,p in processes.items():
-            if p.poll() is None and reached_epoch_4(top/model): p.send_signal(signal.SIGKILL)
-        time.sleep(.01)
-    for p in processes.values():
-        p.kill()
-        p.wait()
-    assert [p.returncode for p in processes.values()]==[-9]*3
+        for epochs in (2, 4): train_quickly(model, top/f'{model}-{epochs}', epochs=epochs, batch_size=2)
     return top
 
+def continued(model, short_and_long, out, prepare=None, **settings):
+    "Copy the training of two epochs, change something in its folder, and train for four"
+    shutil.copytree(short_and_long/f'{model}-2', out)
+    if prepare: prepare(out)
+    train_quickly(model, out, **{'epochs': 4, 'batch_size': 2} | settings)
+
+HARMLESS = {
+    'checkpoint_every': 3, 'log_every': 1, 'tensorboard': True, 'max_minutes': 60., 'n_parallel': 2,
+    'max_models': 1, 'min_images': 2}
+
 @pytest.mark.parametrize('model', list(TRAIN))
-def test_killed_run_ends_bit_identical(model, killed, tmp_path):
-    train,options = TRAIN[model]
-    files = sorted(killed.glob(f'{model}/**/checkpoint.safetensors'))
-    n_images = 2 if model=='wgan_gp' else len(IMAGES)               # each WGAN-GP here has two images
-    last_step = max(load_checkpoint(f, {})['step'] for f in files)
-    epochs = 4+2*-(-last_step*5//(2*n_images))                      # beyond the last checkpoint
-    uninterrupted = tmp_path/'uninterrupted'
-    for out in (killed/model, uninterrupted): train(IMAGES, PAIRS, PAIRS, out, epochs=epochs, checkpoint_every=2, **SMALL, **options)
-    expected = sorted(uninterrupted.glob('**/checkpoint.safetensors'))
-    resumed = sorted(killed.glob(f'{model}/**/checkpoint.safetensors'))
-    assert [f.relative_to(uninterrupted) for f in expected]==[f.relative_to(killed/model) for f in resumed]
-    for file,resumed_file in zip(expected, resumed):
-        a,b = load_file(file), load_file(resumed_file)
-        # The models of a WGAN-GP do not use the global random generator
-        compared = [k for k in a if model!='wgan_gp' or k!='rng/cpu']
-        assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in compared)
-        assert previous_checkpoint(file).exists()
-    samples = [{p.relative_to(top): p.read_bytes() for p in top.glob('samples/*/*.png')} for top in (uninterrupted, killed/model)]
-    assert samples[0] and samples[0]==samples[1]
+def test_harmless_changes_resume_and_others_start_anew(model, short_and_long, tmp_path, capsys):
+    changes = {k: v for k,v in HARMLESS.items() if hasattr(UNUSUAL[model], k)}
+    continued(model, short_and_long, tmp_path/'out', **changes)
+    said = capsys.readouterr().out
+    n_models = 1
+    resumed = re.findall(r'^(\S+): resumes at step (\d+) of (\d+), epoch 2$', said, re.M)
+    assert len(resumed)==n_models and int(resumed[0][2])==2*int(resumed[0][1]), said
+    expected = short_and_long/f'{model}-4'
+    for file in (tmp_path/'out').glob('**/checkpoint.safetensors'):
+        ours,theirs = load_file(file), load_file(expected/file.relative_to(tmp_path/'out'))
+        compared = [k for k in ours if k.startswith(('gen/', 'critic/', 'dis/', 'twin/'))]
+        if model=='wgan_gp' and file.parent.name!=resumed[0][0]: continue        # not trained on
+        assert all(torch.equal(ours[k], theirs[k]) for k in compared)
+    rate = {'lr': 3e-4} if model=='wgan_gp' else {'lr_d': 3e-4}
+    train_quickly(model, tmp_path/'out', epochs=1, batch_size=2, **rate)
+    said = capsys.readouterr().out
+    assert re.search(r'starts at step 0 of \d+ \(lr was .*, is .*3e-04|starts at step 0 of \d+ \(lr was .*0.0003', said), said
+    assert list(tmp_path.glob('**/*-previous-1'))
+
+def test_merged_samples_are_of_the_epoch_they_are_under(short_and_long, tmp_path, capsys):
+    "With another interval the epochs of before are missing in some models, and not replaced by later ones"
+    continued('wgan_gp', short_and_long, tmp_path/'out', checkpoint_every=1)
+    out = tmp_path/'out'
+    assert sorted(p.name for p in (out/'samples').iterdir())==['0000', '0002', '0003', '0004']
+    assert 'samples of epochs 1 are left out' in capsys.readouterr().out
+    for file in (out/'samples').glob('*/*.png'):
+        source, = out.glob(f'*__*/samples/{file.parent.name}/{file.name}')
+        assert file.read_bytes()==source.read_bytes()
+
+def cut(path): path.write_bytes(path.read_bytes()[:len(path.read_bytes())//2])
+def empty(path): path.write_bytes(b'')
+def spoil_header(path): path.write_bytes(path.read_bytes()[:8]+b'?'*40+path.read_bytes()[48:])
+def flip_a_weight(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 64
+    path.write_bytes(data)
+
+@pytest.mark.parametrize('model,damage', [('ac_gan', cut), ('ac_gan', empty), ('ac_gan', spoil_header), ('ac_gan', flip_a_weight),
+                                          ('tac_gan', flip_a_weight), ('wgan_gp', flip_a_weight)])
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(model, damage, short_and_long, tmp_path, capsys):
+    def prepare(out): damage(next(out.glob('**/checkpoint.safetensors')))
+    continued(model, short_and_long, tmp_path/'out', prepare)
+    said = capsys.readouterr().out
+    assert 'checkpoint.safetensors is damaged' in said and 'the checkpoint before it, of step 0, is used' in said
+    ignored = ('rng/cpu',) if model=='wgan_gp' else ()
+    assert differing_files(short_and_long/f'{model}-4', tmp_path/'out', ignored)==[]
+
+@pytest.mark.parametrize('model', ['ac_gan', 'wgan_gp'])
+def test_two_damaged_checkpoints_are_named(model, short_and_long, tmp_path):
+    def prepare(out):
+        checkpoint = next(out.glob('**/checkpoint.safetensors'))
+        cut(checkpoint)
+        empty(previous_checkpoint(checkpoint))
+    with pytest.raises(DamagedFile, match='checkpoint.safetensors is damaged.*checkpoint-previous.safetensors is damaged.*fix:'):
+        continued(model, short_and_long, tmp_path/'out', prepare)
+    assert len(list((tmp_path/'out').glob('**/checkpoint*.safetensors')))>=2
+
+@pytest.mark.parametrize('model', list(TRAIN))
+def test_a_second_training_in_a_folder_is_refused(model, short_and_long, tmp_path):
+    shutil.copytree(short_and_long/f'{model}-2', tmp_path/'out')
+    with lock_training(tmp_path/'out'):
+        with pytest.raises(RuntimeError, match='is training in .*fix: wait'):
+            train_quickly(model, tmp_path/'out', epochs=4, batch_size=2)
+    assert differing_files(short_and_long/f'{model}-2', tmp_path/'out')==[]
+
+@pytest.mark.parametrize('model', list(TRAIN))
+def test_leftovers_of_a_kill_are_removed(model, short_and_long, tmp_path):
+    def prepare(out):
+        folder = next(out.glob('**/checkpoint.safetensors')).parent
+        for name in ('.part-checkpoint.safetensors', 'diverged.json', 'sample_grids/.part-0009.png'): (folder/name).write_text('x')
+        for output in ('samples', 'validation'):
+            (folder/output/'.0009').mkdir(parents=True)
+            (folder/output/'.0009'/'a.png').write_text('x')
+    continued(model, short_and_long, tmp_path/'out', prepare)
+    left = [p for p in (tmp_path/'out').rglob('*') if p.name.startswith('.') or p.name=='diverged.json']
+    assert left==[] and not list(tmp_path.glob('.*'))
+
+@pytest.mark.parametrize('model', ['ac_gan', 'wgan_gp'])
+def test_a_weight_that_is_not_finite_reaches_no_file(model, short_and_long, tmp_path, monkeypatch, capsys):
+    "Losses are finite, and the weights after the last step are not"
+    module,name = (wgan_gp, 'wgan_step') if model=='wgan_gp' else (ac_gan, 'conditional_gan_step')
+    step_fn = getattr(module, name)
+    calls = []
+    def spoils_weights(*args):
+        terms = step_fn(*args)
+        calls.append(args)
+        if len(calls)==3:
+            net = args[0] if model=='wgan_gp' else args[0][0]
+            with torch.no_grad(): next(net.parameters()).flatten()[0] = torch.nan
+        return {k: torch.ones_like(v) for k,v in terms.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, spoils_weights)
+        with pytest.raises(TrainingDiverged, match='a weight is NaN or infinite.*resumes from step'):
+            continued(model, short_and_long, tmp_path/'out')
+    file, = (tmp_path/'out').glob('**/diverged.json')
+    assert not (file.parent/'samples'/'0004').exists()
+    for checkpoint in file.parent.glob('checkpoint*.safetensors'):
+        assert all(v.isfinite().all() for v in load_file(checkpoint).values() if v.is_floating_point())
+    train_quickly(model, tmp_path/'out', epochs=4, batch_size=2)
+    ignored = ('rng/cpu',) if model=='wgan_gp' else ()
+    assert differing_files(short_and_long/f'{model}-4', tmp_path/'out', ignored)==[]
 
 @pytest.mark.parametrize('model', list(TRAIN))
 def test_divergence_stops_a_run(model, tmp_path):

@@ -13,15 +13,15 @@ from dataclasses import replace
 from fastcore.meta import delegates
 from pathlib import Path
 from torch import nn
-from ..core import claim_run_dir, content_hash, progress
+from ..core import content_hash, progress
 from ..training import (
-    configure_device, get_device, JsonlLogger, NanGuard, save_samples, to_tensor)
+    configure_device, get_device, JsonlLogger, lock_training, NanGuard, save_samples, to_tensor)
 from .settings import ACGANConfig
-from .gan import (
-    adam, completed_steps, cuda_graphed, fixed_noise, generate, get_label_fields, grad_norm,
-    label_cross_entropy, log_checkpoint_metrics, maybe_compile, n_upsamples, no_param_grad,
-    one_hot_labels, optimizer_step, output_block, remaining_steps, scale_channels, training_batches,
-    up_block, validation_mask)
+from elbowsynth.gans.gan import (
+    adam, cuda_graphed, fixed_noise, generate, get_label_fields, grad_norm, label_cross_entropy,
+    log_checkpoint_metrics, maybe_compile, n_upsamples, no_param_grad, one_hot_labels, open_logs,
+    optimizer_step, output_block, prepare_training, scale_channels, training_batches, up_block,
+    validation_mask)
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #31c0fa46
 class Generator(nn.Sequential):
@@ -220,14 +220,12 @@ def _all_labels(pairs, test, is_validation, label_fields, n_labels):
     tables = (pairs[~is_validation], pairs[is_validation], test)
     return [one_hot_labels(table, label_fields, n_labels) for table in tables]
 
-def _claim_folder(out, config, label_fields, training_data, test_data):
-    "Claim a folder for everything that the results depend on"
-    claim_run_dir(out, {
+def _weights_config(config, label_fields, training_data, test_data):
+    "All that weights and images depend on; settings that are not here may change in between"
+    names = ('width', 'batch_size', 'betas', 'dropout', 'label_sampling', 'seed')
+    return {name: getattr(config, name) for name in names} | {
         'images_hash': content_hash(*training_data), 'test_hash': content_hash(*test_data),
-        'width': config.width, 'checkpoint_every': config.checkpoint_every,
-        'batch_size': config.batch_size, 'betas': config.betas, 'dropout': config.dropout,
-        'lr': [config.lr_g, config.lr_d, config.lr_classifier], 'label_fields': label_fields,
-        'label_sampling': config.label_sampling, 'seed': config.seed})
+        'lr': [config.lr_g, config.lr_d, config.lr_classifier], 'label_fields': label_fields}
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #0bed77b0
 def train_conditional_gan(
@@ -249,8 +247,8 @@ def train_conditional_gan(
     is_validation = validation_mask(pairs, config.validation_fraction).values
     y,validation_y,test_y = _all_labels(pairs, test, is_validation, label_fields, config.n_labels)
     validation_names = list(pairs.get('pair', pairs.index)[is_validation])
-    _claim_folder(out, config, label_fields, (images[~is_validation], y.numpy()),
-                  (list(test.pair), test_y.numpy(), validation_names))
+    run_config = _weights_config(config, label_fields, (images[~is_validation], y.numpy()),
+                                 (list(test.pair), test_y.numpy(), validation_names))
 
     torch.manual_seed(config.seed)
     nets = {key: net.to(device) for key,net in build_nets(size, config).items()}
@@ -259,9 +257,6 @@ def train_conditional_gan(
     n,y = len(train_images), y.to(device)
     pool = label_pool(y, config.label_sampling)
     losses = [maybe_compile(loss_fn, device, config.compile) for loss_fn in loss_fns]
-    start = completed_steps(out)
-    log = JsonlLogger(out/'log.jsonl', start, config.tensorboard, config.batch_size)
-    metrics_log = JsonlLogger(out/'checkpoint_metrics.jsonl', start, config.tensorboard)
     guard = NanGuard(device)
     def train_step(indices):
         x = to_tensor(train_images[indices])
@@ -270,24 +265,27 @@ def train_conditional_gan(
         guard.update(*terms.values())
         return terms
 
-    sample_sets = {'validation': (pairs[is_validation], validation_y), 'samples': (test, test_y)}
-    on_checkpoint = make_checkpoint_callback(
-        out, nets['gen'], nets['dis'], train_images, y, sample_sets, images[is_validation],
-        field_sizes, metrics_log, config.seed)
-    generator_config = {'size': size, 'width': config.width, 'n_labels': config.n_labels}
-    batches = training_batches(
-        out, n, config.batch_size, config.epochs, config.checkpoint_every, config.seed, nets, opts,
-        on_checkpoint, guard, config.log_every, model_config={
-            'module': 'gans.ac_gan', 'generator': generator_config, 'label_fields': label_fields})
     train_step = cuda_graphed(train_step, device)
-    n_steps = remaining_steps(out, n, config.batch_size, config.epochs)
-    for step,indices in progress(batches, name, n_steps, config.max_minutes):
-        terms = train_step(indices)
-        if step==1 or step%config.log_every==0:
-            x = to_tensor(train_images[indices])
-            log.write(step, epoch=step*config.batch_size/n, **terms,
-                      **accuracies(nets['gen'], nets['dis'], x, y[indices], field_sizes),
-                      **{f'grad_norm_{key}': grad_norm(net) for key,net in nets.items()})
+    sample_sets = {'validation': (pairs[is_validation], validation_y), 'samples': (test, test_y)}
+    generator_config = {'size': size, 'width': config.width, 'n_labels': config.n_labels}
+    model_config = {'module': 'gans.ac_gan', 'generator': generator_config,
+                    'label_fields': list(label_fields.items())}         # their order matters
+    with lock_training(out):
+        n_steps = prepare_training(out, run_config, n, config.batch_size, config.epochs)
+        log,metrics_log = open_logs(out, config.tensorboard, config.batch_size)
+        on_checkpoint = make_checkpoint_callback(
+            out, nets['gen'], nets['dis'], train_images, y, sample_sets, images[is_validation],
+            field_sizes, metrics_log, config.seed)
+        batches = training_batches(
+            out, n, config.batch_size, config.epochs, config.checkpoint_every, config.seed, nets,
+            opts, on_checkpoint, guard, config.log_every, model_config=model_config)
+        for step,indices in progress(batches, name, n_steps, config.max_minutes):
+            terms = train_step(indices)
+            if step==1 or step%config.log_every==0:
+                x = to_tensor(train_images[indices])
+                log.write(step, epoch=step*config.batch_size/n, **terms,
+                          **accuracies(nets['gen'], nets['dis'], x, y[indices], field_sizes),
+                          **{f'grad_norm_{key}': grad_norm(net) for key,net in nets.items()})
     return out
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #e3370b1b

@@ -7,20 +7,21 @@ __all__ = ['LABEL_FIELDS', 'CHECKPOINT_PANELS', 'get_label_fields', 'one_hot_lab
            'fixed_noise', 'generate', 'scale_channels', 'n_upsamples', 'UpConv', 'up_block', 'output_block',
            'block_shapes', 'adam', 'optimizer_step', 'no_param_grad', 'cuda_graphed', 'maybe_compile', 'grad_norm',
            'ms_ssim_fast', 'intra_class_ms_ssim', 'nn_distance', 'most_frequent_labels', 'log_checkpoint_metrics',
-           'rollback_and_raise', 'training_batches', 'completed_steps', 'remaining_steps', 'sample_checkpoint',
+           'total_steps', 'prepare_training', 'training_progress', 'open_logs', 'training_batches', 'sample_checkpoint',
            'best_hyperparameters', 'plot_losses', 'plot_checkpoint_metrics', 'plot_samples']
 
 # %% ../../nbs/3_gans/35_gan.ipynb #ad1b500c
-import importlib, json, time, warnings
+import importlib, json, shutil, time, warnings
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from torch import nn
-from ..core import content_hash, require_path, save_json, show_images
-from ..training import (
-    all_finite, batch_indices, checkpoint_steps, get_device, JsonlLogger, load_checkpoint, NanGuard,
-    restore_last_finite, save_checkpoint, to_uint8, TrainingDiverged)
+from ..core import content_hash, require_path, show_images
+from elbowsynth.training import (
+    all_finite, batch_indices, checkpoint_steps, claim_training_dir, get_device, JsonlLogger,
+    load_checkpoint, NanGuard, print_start, raise_diverged, restore_checkpoint, save_checkpoint,
+    to_uint8)
 from ..data.classes import PATHOLOGIES, SIDES, VIEWS
 from ..data.images import read_image, write_png
 from ..data.split import stratified_group_split
@@ -361,24 +362,62 @@ def log_checkpoint_metrics(
               intra_class_ms_ssim_real=real_ms_ssim, nn_distance_fake=nn_distance(fakes, images),
               nn_distance_real=nn_distance_real, collapse_flag=int(collapsed), **metrics)
 
-# %% ../../nbs/3_gans/35_gan.ipynb #bda1e2c6
-def rollback_and_raise(
+# %% ../../nbs/3_gans/35_gan.ipynb #6377cb67
+def total_steps(
+    n:int, # Training images
+    batch_size:int, # Images in a batch
+    epochs:int, # Epochs to train
+)->int: # Steps
+    "Number of steps of a whole training"
+    return -(-n*epochs//batch_size)                             # rounded up
+
+def prepare_training(
+    out:Path, # Folder of the model, locked by the caller
+    config:dict, # All that the weights depend on, except the number of epochs
+    n:int, # Training images
+    batch_size:int, # Images in a batch
+    epochs:int, # Epochs to train
+)->int: # Steps that remain
+    "Claim a folder, restore its last good checkpoint, and print where the training starts"
+    reason = claim_training_dir(out, config)
+    done = restore_checkpoint(Path(out)/'checkpoint.safetensors') or 0
+    total = total_steps(n, batch_size, epochs)
+    name = Path(out).name
+    if done>total: raise ValueError(
+        f'{name} is already trained for {done} steps; {epochs} epochs are only {total} steps; '
+        'fix: set epochs at least as high as before, or use another folder')
+    print_start(name, done, total, done*batch_size/n, reason)
+    return total-done
+
+# %% ../../nbs/3_gans/35_gan.ipynb #e4a6b62e
+def training_progress(
     out:Path, # Folder of the model
-    step:int, # First step that diverged
-    n:int, batch_size:int, epochs:int, seed:int, # As in `training_batches`
-):
-    "Restore the last finite checkpoint, write `diverged.json`, and raise `TrainingDiverged`"
-    restored_step = restore_last_finite(Path(out)/'checkpoint.safetensors') or 0
-    indices = next(batch_indices(n, batch_size, epochs, seed, step-1))
-    save_json(Path(out)/'diverged.json', {'step': step, 'epoch': step*batch_size/n, 'seed': seed,
-                                          'batch_indices': indices, 'restored_step': restored_step})
-    raise TrainingDiverged(
-        f'{Path(out).name}: training diverged at step {step} (epoch {step*batch_size//n}): '
-        'loss is NaN, infinite or above 1e6. '
-        f'The checkpoint of step {restored_step} was restored; the batch is in diverged.json. '
-        'The same settings would diverge again; fix: a lower learning rate or another seed.')
+)->tuple: # Steps done; the epoch whose images and metrics were completed there, or None
+    "How far a training is, according to its checkpoint"
+    checkpoint = Path(out)/'checkpoint.safetensors'
+    if not checkpoint.exists(): return 0, None
+    state = load_checkpoint(checkpoint, {})
+    step,epoch = state['step'], state.get('epoch')
+    is_complete = epoch is not None and (Path(out)/'samples'/f'{epoch:04d}').is_dir()
+    return step, epoch if is_complete else None
+
+def open_logs(
+    out:Path, # Folder of the model
+    tensorboard:bool, # Whether to log for TensorBoard, too
+    batch_size:int, # Images in a batch
+)->tuple: # Loggers of `log.jsonl` and `checkpoint_metrics.jsonl`
+    "Open both logs of a model, without the records that the training will write again"
+    step,epoch = training_progress(out)
+    last_metrics = step-1 if epoch is None else step            # those of `step` are incomplete
+    log = JsonlLogger(Path(out)/'log.jsonl', step, tensorboard, batch_size)
+    return log, JsonlLogger(Path(out)/'checkpoint_metrics.jsonl', last_metrics, tensorboard)
 
 # %% ../../nbs/3_gans/35_gan.ipynb #7afe68f6
+def _remove_incomplete_samples(out):
+    "Remove folders of images that an interrupted run has not completed"
+    for output in ('samples', 'validation'):
+        for part in (Path(out)/output).glob('.*'): shutil.rmtree(part)
+
 def training_batches(
     out:Path, # Folder of the model
     n:int, # Training images
@@ -398,20 +437,21 @@ def training_batches(
     "Yield (step, batch indices) from the last checkpoint in `out` to the end, and save checkpoints"
     checkpoint = Path(out)/'checkpoint.safetensors'
     epoch_at = checkpoint_steps(n, batch_size, epochs, checkpoint_every)    # step to epoch
+    def diverged(step, reason):
+        indices = next(batch_indices(n, batch_size, epochs, seed, step-1))
+        raise_diverged(checkpoint, step, reason, epoch=step*batch_size/n, seed=seed,
+                       batch_indices=indices)
     def save(step):
-        if step in epoch_at: on_checkpoint(epoch_at[step], step)
-        save_checkpoint(checkpoint, nets, opts, generator, keep_previous=True, step=step,
+        if not all_finite(nets): diverged(step, 'a weight is NaN or infinite')
+        epoch = epoch_at.get(step)
+        if epoch is not None: on_checkpoint(epoch, step)
+        save_checkpoint(checkpoint, nets, opts, generator, step=step, epoch=epoch,
                         model_config=model_config)
 
-    start = 0
-    if checkpoint.exists(): start = load_checkpoint(checkpoint, nets, opts, generator)['step']
-    if start>max(epoch_at): raise ValueError(
-        f'{checkpoint.parent.name} is already trained for {start} steps; '
-        f'{epochs} epochs are only {max(epoch_at)} steps; '
-        'fix: set epochs at least as high as before, or use another folder')
-    if start in epoch_at:
-        samples = Path(out)/'samples'/f'{epoch_at[start]:04d}'
-        if not samples.is_dir(): save(start)                    # of a run that was killed before
+    _remove_incomplete_samples(out)
+    start,completed_epoch = training_progress(out)
+    if checkpoint.exists(): load_checkpoint(checkpoint, nets, opts, generator)
+    if start in epoch_at and completed_epoch!=epoch_at[start]: save(start)
 
     step = start
     last_save = time.monotonic()
@@ -423,29 +463,10 @@ def training_batches(
             due = step in epoch_at or time.monotonic()-last_save>save_every_s
             if not due and step%guard_every: continue
             bad_step = guard.first_bad_step()                   # counted from `start`; 0 if none
-            if bad_step: rollback_and_raise(out, start+bad_step, n, batch_size, epochs, seed)
+            if bad_step: diverged(start+bad_step, 'a loss is NaN, infinite or above 1e6')
             if not due: continue
-            if not all_finite(nets): rollback_and_raise(out, step, n, batch_size, epochs, seed)
             save(step)
             last_save = time.monotonic()
-
-# %% ../../nbs/3_gans/35_gan.ipynb #b33073aa
-def completed_steps(
-    out:Path, # Folder of the model
-)->int: # Steps
-    "Steps done, according to the checkpoint"
-    checkpoint = Path(out)/'checkpoint.safetensors'
-    return load_checkpoint(checkpoint, {})['step'] if checkpoint.exists() else 0
-
-def remaining_steps(
-    out:Path, # Folder of the model
-    n:int, # Training images
-    batch_size:int, # Images in a batch
-    epochs:int, # Epochs to train
-)->int: # Steps
-    "Number of steps that `training_batches` will yield"
-    total = -(-n*epochs//batch_size)                            # rounded up
-    return max(0, total-completed_steps(out))
 
 # %% ../../nbs/3_gans/35_gan.ipynb #09ef3cd5
 def _check_labels(path, labels, label_fields):
@@ -466,13 +487,13 @@ def sample_checkpoint(
 )->np.ndarray: # (n, size, size) uint8
     "Generate images with a trained GAN"
     if Path(path).is_dir(): path = Path(path)/'checkpoint.safetensors'
-    else: path = require_path(path, 'wgan_gp')
+    path = require_path(path, 'wgan_gp')
     config = load_checkpoint(path, {})['model_config']
     module = importlib.import_module(f'elbowsynth.{config["module"]}')
     generator = module.Generator(**config['generator'])
     load_checkpoint(path, {'gen': generator})
 
-    label_fields = config.get('label_fields')
+    label_fields = dict(config.get('label_fields') or {})
     _check_labels(path, labels, label_fields)
     if labels is not None: n = len(labels)
     noise = np.random.default_rng(seed).standard_normal((n, 256), dtype=np.float32)
@@ -489,7 +510,12 @@ def best_hyperparameters(
 )->dict: # Fields of the model's configuration
     "Read the best hyperparameters of a search"
     path = require_path(Path(folder)/'best_hyperparameters.json', 'search')
-    return json.loads(path.read_text())[model]['hyperparameters']
+    best = json.loads(path.read_text())
+    if model not in best: raise ValueError(
+        f'{path.name} has no hyperparameters of {model!r} in {path.parent}, since each of its '
+        f'trials diverged; expected one of {sorted(best)}; fix: more trials, or the values of '
+        'the tables (hyperparameters_from="")')
+    return best[model]['hyperparameters']
 
 # %% ../../nbs/3_gans/35_gan.ipynb #6384b8a5
 def plot_losses(

@@ -6,7 +6,7 @@
 __all__ = ['Generator', 'Critic', 'gradient_penalty', 'critic_loss', 'generator_loss', 'dropout_mask', 'critic_forward',
            'elu_backward', 'critic_backward', 'conv_weight_grad', 'critic_gradients', 'generator_output_grad',
            'flip_right_elbows', 'wgan_step', 'train_one_model', 'select_models', 'uncovered_pairs', 'interleave',
-           'merge_samples', 'train_wgan_gp']
+           'saved_epochs', 'merge_samples', 'train_wgan_gp']
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #e6b2674d
 import shutil
@@ -18,15 +18,16 @@ from fastcore.meta import delegates
 from functools import partial
 from pathlib import Path
 from torch import nn
-from ..core import atomic_write, claim_run_dir, content_hash, progress
-from ..training import (
-    configure_device, get_device, JsonlLogger, NanGuard, save_samples, to_tensor)
+from ..core import atomic_write, content_hash, progress
+from elbowsynth.training import (
+    checkpoint_steps, configure_device, get_device, lock_training, NanGuard, save_samples,
+    to_tensor)
 from ..data.classes import PATHOLOGIES, VIEWS
 from .settings import WGANGPConfig
-from elbowsynth.gans.gan import (
-    adam, completed_steps, cuda_graphed, fixed_noise, generate, grad_norm, log_checkpoint_metrics,
-    n_upsamples, output_block, remaining_steps, scale_channels, training_batches, up_block,
-    validation_mask)
+from .gan import (
+    adam, cuda_graphed, fixed_noise, generate, grad_norm, log_checkpoint_metrics, n_upsamples,
+    open_logs, output_block, prepare_training, scale_channels, total_steps, training_batches,
+    up_block, validation_mask)
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #303867f5
 class Generator(nn.Sequential):
@@ -284,9 +285,7 @@ def train_one_model(
     critic = Critic(size, config.width).to(device)
     opt_g,opt_c = (adam(net.parameters(), config.lr, config.betas, config.weight_decay)
                    for net in (gen, critic))
-    start = completed_steps(folder)
-    log = JsonlLogger(folder/'log.jsonl', start, config.tensorboard, config.batch_size)
-    metrics_log = JsonlLogger(folder/'checkpoint_metrics.jsonl', start, config.tensorboard)
+    log,metrics_log = open_logs(folder, config.tensorboard, config.batch_size)
     guard = NanGuard(device)
 
     def on_checkpoint(epoch, step):
@@ -382,10 +381,21 @@ def interleave(
             else: yield step
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #1395a60f
+def saved_epochs(
+    n:int, # Training images of the model
+    batch_size:int, # Images in a batch
+    epochs:int, # Epochs to train
+    checkpoint_every:int, # Epochs between two checkpoints
+)->dict[int,int]: # Epoch of each checkpoint to the epoch under which its images are saved
+    "With fewer images than a batch, one step can pass two checkpoints: the later one is for both"
+    epoch_at = checkpoint_steps(n, batch_size, epochs, checkpoint_every)
+    checkpoints = sorted({*range(0, epochs, checkpoint_every), epochs})
+    return {epoch: epoch_at[total_steps(n, batch_size, epoch)] for epoch in checkpoints}
+
+# %% ../../nbs/3_gans/36_wgan_gp.ipynb #da486e64
 def merge_samples(
     out:Path, # Folder of the stage
-    folders:list[Path], # Folders of the models
-    epochs:list[int], # Checkpoints
+    saved:dict, # Folder of each model to what `saved_epochs` returns for it
     output:str='samples', # `samples` or `validation`, which a model may lack
 ):
     "Merge the models' images of each checkpoint into one folder, which is replaced when complete"
@@ -393,17 +403,50 @@ def merge_samples(
     done = Path(out)/output
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    for folder in folders:
-        if output!='samples' and not (folder/output).exists(): continue
-        checkpoints = sorted((folder/output).iterdir())
-        for epoch in epochs if checkpoints else []:
-            # With fewer images than a batch, one step can pass two checkpoints;
-            # then only the later one was saved; it counts for both
-            source = next(p for p in checkpoints if p.name.isdigit() and int(p.name)>=epoch)
-            shutil.copytree(source, part/f'{epoch:04d}', dirs_exist_ok=True)
+    models = [m for m in saved if output=='samples' or (m/output).exists()]
+    incomplete = []
+    for epoch in next(iter(saved.values())):
+        sources = [model/output/f'{saved[model][epoch]:04d}' for model in models]
+        if not all(source.exists() for source in sources): incomplete.append(epoch)
+        elif sources:
+            for source in sources:
+                shutil.copytree(source, part/f'{epoch:04d}', dirs_exist_ok=True)
+    if incomplete: print(
+        f'{done.name} of epochs {", ".join(map(str, incomplete))} are left out: '
+        'not all models have them, since checkpoint_every was another when they were trained')
     shutil.rmtree(done, ignore_errors=True)
     if any(part.iterdir()): part.rename(done)
     else: part.rmdir()
+
+# %% ../../nbs/3_gans/36_wgan_gp.ipynb #370e9993
+def _weights_config(config, train_images, test_pairs, validation_pairs):
+    "All that a model's weights and images depend on; other settings may change in between"
+    hashed = ('width', 'batch_size', 'n_critic', 'gp_weight', 'lr', 'betas', 'weight_decay',
+              'batch_reuse', 'seed')
+    names = [list(table[column]) for table in (test_pairs, validation_pairs)
+             for column in ('pair', 'side')]
+    hashes = {'images_hash': content_hash(train_images), 'test_hash': content_hash(*names)}
+    return {name: getattr(config, name) for name in hashed} | hashes
+
+def _prepare_models(out, upright, pairs, test, is_validation, trained, config, device):
+    "Claim each model's folder: its checkpoints, a trainer of each model, and the number of steps"
+    saved,trainers = {}, []
+    n_steps = 0
+    for model in trained.itertuples():
+        def of_model(table):
+            return ((table.view==model.view) & (table.pathology==model.pathology)).values
+        folder = out/f'{model.view}__{model.pathology.replace(" ", "_")}'
+        mine = of_model(pairs)
+        train_images = upright[mine&~is_validation]
+        test_pairs = test[of_model(test)]
+        validation_pairs = pairs[mine&is_validation]
+        length = len(train_images), config.batch_size, config.epochs
+        run_config = _weights_config(config, train_images, test_pairs, validation_pairs)
+        n_steps += prepare_training(folder, run_config, *length)
+        saved[folder] = saved_epochs(*length, config.checkpoint_every)
+        trainers.append(train_one_model(folder, train_images, test_pairs, validation_pairs,
+                                        upright[mine&is_validation], config, device))
+    return saved, trainers, n_steps
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #5b5d0912
 @delegates(WGANGPConfig)
@@ -431,35 +474,16 @@ def train_wgan_gp(
         f'no model to train (max_models={config.max_models}, min_images={config.min_images}): '
         'no pathology and view has both training images and test pairs')
 
-    hashed = ('width', 'checkpoint_every', 'batch_size', 'n_critic', 'gp_weight', 'lr', 'betas',
-              'weight_decay', 'batch_reuse', 'seed')
-    run_config = {name: getattr(config, name) for name in hashed}
-    folders,trainers = [], []
-    n_steps = 0
-    for model in trained.itertuples():
-        def of_model(table):
-            return ((table.view==model.view) & (table.pathology==model.pathology)).values
-        folder = out/f'{model.view}__{model.pathology.replace(" ", "_")}'
-        mine = of_model(pairs)
-        train_images = upright[mine&~is_validation]
-        test_pairs = test[of_model(test)]
-        validation_pairs = pairs[mine&is_validation]
-        names = [list(table[column]) for table in (test_pairs, validation_pairs)
-                 for column in ('pair', 'side')]
-        hashes = {'images_hash': content_hash(train_images), 'test_hash': content_hash(*names)}
-        claim_run_dir(folder, run_config | hashes)
-        folders.append(folder)
-        trainers.append(train_one_model(folder, train_images, test_pairs, validation_pairs,
-                                        upright[mine&is_validation], config, device))
-        n_steps += remaining_steps(folder, len(train_images), config.batch_size, config.epochs)
-
-    n_parallel = config.n_parallel or (4 if device.type=='cuda' else 1)
-    steps = interleave(trainers, n_parallel, device)
-    for _ in progress(steps, 'WGAN-GP', n_steps, config.max_minutes): pass
-    epochs = [*range(0, config.epochs, config.checkpoint_every), config.epochs]
-    for output in ('validation', 'samples'): merge_samples(out, folders, epochs, output)
-    for name,table in (('uncovered_pairs', uncovered_pairs(models, test)), ('models', models)):
-        with atomic_write(out/f'{name}.csv') as part: table.to_csv(part, index=False)
+    with lock_training(out):
+        saved,trainers,n_steps = _prepare_models(
+            out, upright, pairs, test, is_validation, trained, config, device)
+        n_parallel = config.n_parallel or (4 if device.type=='cuda' else 1)
+        steps = interleave(trainers, n_parallel, device)
+        for _ in progress(steps, 'WGAN-GP', n_steps, config.max_minutes): pass
+        for output in ('validation', 'samples'): merge_samples(out, saved, output)
+        tables = {'uncovered_pairs': uncovered_pairs(models, test), 'models': models}
+        for name,table in tables.items():
+            with atomic_write(out/f'{name}.csv') as part: table.to_csv(part, index=False)
     return models
 
 train_wgan_gp.__delwrap__ = WGANGPConfig # Where docments finds the comments of the fields
