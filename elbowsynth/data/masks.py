@@ -8,15 +8,16 @@ __all__ = ['PAIR_COLUMNS', 'FIXES', 'IMPLIED_MASK_AREA', 'overlay', 'estimate_jo
            'check_masks', 'plot_mask_checks', 'mask_area_table']
 
 # %% ../../nbs/2_data/31_masks.ipynb #2542dd68
-import csv, zlib
+import zlib
 import cv2, numpy as np, pandas as pd
 from pathlib import Path
 from ..core import (
     atomic_write, content_hash, parallel_map, progress, require_path, show_images)
 from .classes import caption, region_of, REGIONS
 from .images import (
-    binarize_mask, image_shape, read_image, resolve_inside, thumbnail, write_png)
-from .labels import normalize_labels, pair_name, read_pairs
+    image_shape, read_image, read_mask, resolve_inside, thumbnail, write_png)
+from .labels import (
+    escape_cells, normalize_labels, pair_name, read_pairs, unescape_cells)
 from .annotations import hand_drawn_ellipse, polygon_mask
 from .preprocess import crop_padding, CropGeometry, fix_polarity, to_square
 
@@ -107,7 +108,7 @@ def write_mask(
     "Write the mask of one pair"
     image_path = Path(images)/f'{pair.image}.png'
     if pair.mask:
-        original = binarize_mask(read_image(resolve_inside(data, pair.mask))).astype(np.uint8)*255
+        original = read_mask(resolve_inside(data, pair.mask)).astype(np.uint8)*255
         mask = to_square(original, geometry, image_shape(image_path)[0])>127
     else: mask = heuristic_mask(read_image(image_path), pair.region, pair.pair)
     if mask.any(): write_png(Path(out)/f'{pair.pair}.png', mask.astype(np.uint8)*255)
@@ -121,6 +122,7 @@ def _read_geometries(images):
     "The crop geometry of each preprocessed image"
     path = require_path(Path(images)/'images.csv', 'preprocess')
     table = pd.read_csv(path, dtype={'image': str, 'file': str}, keep_default_na=False)
+    table = unescape_cells(table)
     fields = table.set_index('image')[list(CropGeometry.__annotations__)].to_dict('index')
     return {image: CropGeometry(**f) for image,f in fields.items()}
 
@@ -158,7 +160,7 @@ def write_masks(
     pairs['caption'] = [caption(v, pathologies[i]) for v,i in zip(pairs.view, pairs.image)]
     table = pairs[PAIR_COLUMNS]
     with atomic_write(Path(out)/'pairs.csv') as part:
-        table.to_csv(part, index=False, quoting=csv.QUOTE_MINIMAL)
+        escape_cells(table).to_csv(part, index=False)
     return table
 
 # %% ../../nbs/2_data/31_masks.ipynb #d85fc705
@@ -227,7 +229,7 @@ def check_mask(
 )->tuple: # The issue, empty if none, and a hash of the mask, empty if it is not to be compared
     "Check the mask of one pair"
     if pair.mask is None: return 'missing', ''
-    try: mask = binarize_mask(read_image(pair.mask))
+    try: mask = read_mask(pair.mask, may_be_empty=True)
     except ValueError: return 'unreadable', ''
     if pair.image is None: return '', content_hash(mask)
     try: issue = mask_error(mask, read_image(pair.image))
@@ -263,7 +265,7 @@ def _check_panel(row, side):
     image = cv2.resize((255*small).astype(np.uint8), (side, side))
     mask = np.zeros((side, side), bool)
     if row.mask is not None and row.issue!='unreadable':
-        original = binarize_mask(read_image(row.mask)).astype(np.uint8)
+        original = read_mask(row.mask, may_be_empty=True).astype(np.uint8)
         mask = cv2.resize(original, (side, side))>0
     return overlay(image, mask, (255, 60, 60) if row.issue else (255, 140, 0))
 
