@@ -1,16 +1,24 @@
 "The search does not use the test set and resumes after a kill with the same trials; rankings require seeds; the signs of the TAC-GAN losses"
-import json, os, signal, subprocess, sys, time
+import json, sys
+from pathlib import Path
 import matplotlib
 matplotlib.use('agg')
 import numpy as np, pandas as pd
 import pytest, torch
 from conftest import ROOT
+from kills import run_with_kills
 from elbowsynth.gans import search, tac_gan
 from elbowsynth.data.classes import caption
 from elbowsynth.data.images import write_png
 from elbowsynth.report.run_summary import ranking, seed_table
 from elbowsynth.evaluation.metrics import checkpoint_selection, selected_epoch
 from elbowsynth.phantom.phantom import phantom
+from elbowsynth.training import DamagedFile, lock_training
+
+# What the first optimizer and the first study import takes seconds: once for all runs that `kills` forks
+if Path(sys.argv[0]).name=='kills.py':
+    import torch._dynamo                                            # noqa: F401
+    import optuna                                                   # noqa: F401
 
 SMALL = dict(validation_fraction=.4, epochs=2, width=1/16, extractor='efficientnet_lite0', device='cpu')
 
@@ -34,33 +42,79 @@ def test_the_same_seed_gives_the_same_trials(dataset, tmp_path):
     lines = (tmp_path/'one'/'journal.jsonl').read_text().splitlines()
     assert sum('params' in json.loads(line) for line in lines)==4               # plain JSON with finished trials only
 
-KILLED_SEARCH = '''
-import sys, numpy as np, pandas as pd, torch
-from elbowsynth.gans.search import search_hyperparameters
-torch.set_num_threads(1)
-images, pairs = np.load(sys.argv[1]), pd.read_csv(sys.argv[2])
-search_hyperparameters(images, pairs, sys.argv[3], n_trials=2, validation_fraction=.4, epochs=2, width=1/16, extractor='efficientnet_lite0', device='cpu')
-'''
+def noisy_dataset():
+    "Ten patients with images of noise, which need no phantom"
+    rows = [(f'f{i}', f'p{i}', ['AP', 'LAT'][i%2], 'LR'[i%2], ['normal', 'joint effusion'][i%3>0]) for i in range(10)]
+    pairs = pd.DataFrame(rows, columns=['pair', 'patient', 'view', 'side', 'pathology'])
+    return np.random.default_rng(0).integers(256, size=(10, 32, 32), dtype=np.uint8), pairs
 
-@pytest.mark.long('two searches, a minute')
-def test_a_killed_search_resumes_with_the_same_trials(dataset, tmp_path):
-    np.save(tmp_path/'images.npy', dataset[0])
-    dataset[1].to_csv(tmp_path/'pairs.csv', index=False)
-    def command(out): return [sys.executable, '-c', KILLED_SEARCH, tmp_path/'images.npy', tmp_path/'pairs.csv', tmp_path/out]
-    options = dict(env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, cwd=tmp_path)
-    killed = tmp_path/'killed'
-    for marker in ('ac_gan_001/samples/0000', 'tac_gan_000'):           # in the middle of a training, and between two trials
-        process = subprocess.Popen(command('killed'), **options)
-        end = time.time()+120
-        while not (killed/'trials'/marker).exists() and process.poll() is None and time.time()<end: time.sleep(.01)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait()==-signal.SIGKILL and not (killed/'best_hyperparameters.json').exists()
-    with (killed/'journal.jsonl').open('a') as f: f.write('{"op_code":4,"worker_id"')
-    (killed/'journal.jsonl.lock').touch()
-    for out in ('killed', 'uninterrupted'): subprocess.run(command(out), check=True, **options)
-    assert read_trials(killed)==read_trials(tmp_path/'uninterrupted')
-    best,expected = ((tmp_path/out/'best_hyperparameters.json').read_bytes() for out in ('killed', 'uninterrupted'))
-    assert best==expected
+def means_of_rows(images, *_): return np.asarray(images).mean(2)
+
+def search_quickly(out, **settings):
+    "A small search with the means of rows for features"
+    search.features = means_of_rows
+    options = dict(n_trials=2, validation_fraction=.4, epochs=1, width=1/32, extractor='efficientnet_lite0', device='cpu')
+    search.search_hyperparameters(*noisy_dataset(), out, **options | settings)
+
+def check_kills(folder, n_kills, seed=0):
+    "The journal has times and numbers of processes; what it holds is in `trials.csv`"
+    differing = run_with_kills('test_search:search_quickly', folder, n_kills, seed)
+    assert len(differing)==n_kills
+    unexpected = {k: set(v)-{'out/journal.jsonl'} for k,v in differing.items()}
+    assert not any(unexpected.values()), unexpected
+    for journal in folder.glob('kill-*/out/journal.jsonl'):
+        assert sum('params' in json.loads(line) for line in journal.read_text().splitlines())==4
+
+def test_a_search_killed_at_file_operations_ends_with_the_same_files(tmp_path): check_kills(tmp_path, 3)
+
+@pytest.mark.long('50 searches')
+def test_fifty_kills_of_a_search(tmp_path): check_kills(tmp_path, 50, seed=1)
+
+def test_a_search_says_where_it_starts_and_is_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, 'features', means_of_rows)
+    out = tmp_path/'out'
+    search_quickly(out, n_trials=1)
+    assert 'ac_gan: starts at trial 0 of 1 (no trials yet)' in capsys.readouterr().out
+    with (out/'journal.jsonl').open('a') as f: f.write('{"op_code":4,"worker_id"')
+    for name in ('journal.jsonl.lock', 'journal.jsonl.lock-1.rename', '.part-trials.csv'): (out/name).touch()
+    search_quickly(out)
+    assert 'ac_gan: resumes at trial 1 of 2' in capsys.readouterr().out
+    assert not [p.name for p in out.iterdir() if 'lock' in p.name or p.name.startswith('.')]
+    search_quickly(out, seed=1, n_trials=1)
+    assert 'ac_gan: starts at trial 0 of 1 (seed was 0, is 1)' in capsys.readouterr().out
+    with lock_training(out), pytest.raises(RuntimeError, match='fix: wait'): search_quickly(out)
+    (out/'journal.jsonl').write_text('{}\nnot JSON\n')
+    with pytest.raises(DamagedFile, match='line 2 of journal.jsonl is no JSON'): search_quickly(out, seed=1)
+
+def test_each_trial_trains_with_its_hyperparameters_and_the_settings_of_the_search(tmp_path, monkeypatch):
+    calls = []
+    def fake_training(model):
+        def train(images, pairs, test, out, **settings):
+            calls.append((model, settings))
+            samples = np.random.default_rng(len(calls)).integers(256, size=(len(test), 32, 32), dtype=np.uint8)
+            for name,image in zip(test.pair, samples): write_png(out/'samples'/'0007'/f'{name}.png', image)
+        return train
+    for model in ('ac_gan', 'tac_gan'): monkeypatch.setattr(search, f'train_{model}', fake_training(model))
+    monkeypatch.setattr(search, 'features', means_of_rows)
+    fields = {'view': ['AP', 'LAT'], 'pathology': ['normal', 'joint effusion']}
+    search_quickly(tmp_path/'out', n_trials=3, epochs=7, width=1/8, label_fields=fields, n_labels=4, seed=5)
+    expected = {'epochs': 7, 'checkpoint_every': 7, 'width': 1/8, 'label_fields': fields, 'n_labels': 4, 'seed': 5, 'device': 'cpu'}
+    table = pd.read_csv(tmp_path/'out'/'trials.csv')
+    assert table.model.tolist()==[model for model,_ in calls]==['ac_gan']*3+['tac_gan']*3
+    for trial,(_,settings) in zip(table.to_dict('records'), calls):
+        assert {k: settings[k] for k in expected}==expected and len(settings)==len(expected)+6
+        assert settings['betas']==pytest.approx([trial['beta1'], .999], rel=1e-5)
+        for name in ('lr_g', 'lr_d', 'lr_classifier', 'dropout', 'batch_size'): assert settings[name]==pytest.approx(trial[name], rel=1e-5)
+    for first in (0, 3): assert table.loc[first, list(search.PAPER_VALUES)].to_dict()==search.PAPER_VALUES
+    assert table.lr_g.nunique()>2
+    best = json.loads((tmp_path/'out'/'best_hyperparameters.json').read_text())
+    for model,trials in table.groupby('model'):
+        top = trials.sort_values('mmd2').iloc[0]
+        found = best[model]
+        assert found['trial']==top.trial and found['mmd2']==pytest.approx(top.mmd2, rel=1e-4)
+        assert found['paper_values_mmd2']==pytest.approx(trials.mmd2.iloc[0], rel=1e-4)
+        for name in ('lr_g', 'lr_d', 'lr_classifier', 'dropout', 'batch_size'): assert found['hyperparameters'][name]==pytest.approx(top[name], rel=1e-4)
+        assert found['hyperparameters']['betas']==pytest.approx([top.beta1, .999], rel=1e-4)
 
 def run_search_cell(folder):
     "Run the cell of the stage notebook that searches, with its parameters"
@@ -127,7 +181,7 @@ def test_another_setting_starts_anew(dataset, tmp_path):
     assert read_trials(tmp_path/'search')!=before==read_trials(tmp_path/'search-previous-1')
 
 def random_summary(rng):
-    rows = [('a', source, epoch, 9, *rng.random(4)) for source in ('samples', 'validation') for epoch in range(0, 100, 10)]
+    rows = [('a', source, epoch, 9, *rng.random(4)) for source in ('samples', 'validation') for epoch in range(10, 110, 10)]
     return pd.DataFrame(rows, columns=['model', 'source', 'epoch', 'n_pairs', 'ssim', 'ms_ssim', 'mmd2', 'mmd2_paper_unit_sigma10'])
 
 def test_the_selected_checkpoint_does_not_depend_on_the_test_images():

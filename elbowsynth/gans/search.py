@@ -7,10 +7,11 @@ __all__ = ['PAPER_VALUES', 'SEARCH_SPACE', 'suggest_hyperparameters', 'open_stud
            'search_hyperparameters', 'plot_search']
 
 # %% ../../nbs/3_gans/39_search.ipynb #0529b62c
+import json
 import numpy as np, pandas as pd
 from pathlib import Path
-from ..core import atomic_write, claim_run_dir, content_hash, progress, save_json
-from ..training import get_device
+from ..core import atomic_write, content_hash, progress, save_json
+from ..training import claim_training_dir, DamagedFile, get_device, lock_training
 from ..data.images import load_images
 from .gan import get_label_fields, LABEL_FIELDS, validation_mask
 from .ac_gan import train_ac_gan
@@ -37,6 +38,19 @@ def suggest_hyperparameters(
     return hyperparameters
 
 # %% ../../nbs/3_gans/39_search.ipynb #0007b3c7
+def _repair_journal(path):
+    "Remove what a process killed while writing has left: part of a line, and Optuna's lock files"
+    text = path.read_bytes() if path.exists() else b''
+    complete_lines = text[:text.rfind(b'\n')+1]
+    for number,line in enumerate(complete_lines.splitlines(), 1):
+        try: json.loads(line)
+        except ValueError as e: raise DamagedFile(
+            f'line {number} of {path.name} is no JSON in {path.parent}; expected a record; '
+            'fix: remove the line and those after it, whose trials are then repeated') from e
+    if complete_lines!=text:
+        with atomic_write(path) as part: part.write_bytes(complete_lines)
+    for lock in path.parent.glob(f'{path.name}.lock*'): lock.unlink()
+
 def open_study(
     path:Path, # The journal
     model:str, # `ac_gan` or `tac_gan`
@@ -46,12 +60,7 @@ def open_study(
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = Path(path)
-    text = path.read_bytes() if path.exists() else b''
-    complete_lines = text[:text.rfind(b'\n')+1]
-    if complete_lines!=text:
-        with atomic_write(path) as part: part.write_bytes(complete_lines)
-    lock = path.with_name(f'{path.name}.lock')
-    lock.unlink(missing_ok=True)                                # of a process killed while writing
+    _repair_journal(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     backend = JournalFileBackend(str(path), JournalFileOpenLock(str(path)))
     storage = JournalStorage(backend)
@@ -148,6 +157,8 @@ def search_hyperparameters(
 )->pd.DataFrame: # From `collect_trials`
     "Search hyperparameters of both models, and write `trials.csv` and `best_hyperparameters.json`"
     out = Path(out)
+    if n_trials<1: raise ValueError(
+        f'n_trials is {n_trials}; expected at least 1, the values of the tables; fix: n_trials=1')
     label_fields = get_label_fields(label_fields)
     is_validation = np.asarray(validation_mask(pairs, validation_fraction))
     validation_images = images[is_validation]
@@ -157,23 +168,28 @@ def search_hyperparameters(
     fixed = dict(epochs=epochs, width=width, label_fields=label_fields, n_labels=n_labels,
                  seed=seed)
     labels = pairs[list(label_fields)].to_numpy().tolist()
-    claim_run_dir(out, fixed | {
+    run_config = fixed | {
         'images_hash': content_hash(images, labels), 'validation_hash': content_hash(is_validation),
-        'extractor': extractor_name(extractor), 'search_space': SEARCH_SPACE})
-    real_features = features(validation_images/255, extractor, str(get_device(device)))
-    for model in ('ac_gan', 'tac_gan'):
-        study = open_study(out/'journal.jsonl', model)
-        remaining = range(len(study.trials), n_trials)
-        for i in progress(remaining, f'Trials of {model}', max_minutes=max_minutes):
-            trial = ask(study, seed)
-            hyperparameters = suggest_hyperparameters(trial)
-            folder = out/'trials'/f'{model}_{i:03d}'
-            try:
-                score = run_trial(model, hyperparameters, images, pairs, is_validation,
-                                  real_features, folder, extractor, device, **fixed)
-            except FloatingPointError: score = None             # the training diverged
-            tell(study, trial, score)
-    return collect_trials(out)
+        'extractor': extractor_name(extractor), 'search_space': SEARCH_SPACE}
+    with lock_training(out):
+        reason = claim_training_dir(out, run_config)
+        real_features = features(validation_images/255, extractor, str(get_device(device)))
+        for model in ('ac_gan', 'tac_gan'):
+            study = open_study(out/'journal.jsonl', model)
+            n_done = len(study.trials)
+            if n_done: print(f'{model}: resumes at trial {n_done} of {n_trials}')
+            else: print(f'{model}: starts at trial 0 of {n_trials} ({reason or "no trials yet"})')
+            remaining = range(n_done, n_trials)
+            for i in progress(remaining, f'Trials of {model}', max_minutes=max_minutes):
+                trial = ask(study, seed)
+                hyperparameters = suggest_hyperparameters(trial)
+                folder = out/'trials'/f'{model}_{i:03d}'
+                try:
+                    score = run_trial(model, hyperparameters, images, pairs, is_validation,
+                                      real_features, folder, extractor, device, **fixed)
+                except FloatingPointError: score = None         # the training diverged
+                tell(study, trial, score)
+        return collect_trials(out)
 
 # %% ../../nbs/3_gans/39_search.ipynb #54d7a2ba
 def _plot_trials(ax, trials, column, paper_score):
