@@ -657,6 +657,37 @@ def test_the_device_is_the_one_asked_for(model, tmp_path):
     with pytest.raises((RuntimeError, AssertionError), match='nowhere'):
         train(IMAGES, PAIRS, PAIRS, tmp_path/'x', epochs=0, **SMALL | {'device': 'nowhere'}, **options)
 
+STAGES = {'wgan_gp': '36_wgan_gp', 'ac_gan': '37_ac_gan', 'tac_gan': '38_tac_gan', 'search': '39_search'}
+
+@pytest.mark.parametrize('stage', list(STAGES))
+def test_each_parameter_of_a_stage_reaches_its_training(stage):
+    "The cell that trains, with a value of its own for each parameter"
+    notebook = json.loads((ROOT/'nbs'/'3_gans'/f'{STAGES[stage]}.ipynb').read_text())
+    cells = [(''.join(cell['source']), cell['metadata'].get('tags', [])) for cell in notebook['cells']]
+    number = next(i for i,(_,tags) in enumerate(cells) if 'parameters' in tags)
+    function = 'search_hyperparameters' if stage=='search' else f'train_{stage}'
+    cell = next(source for source,_ in cells[number:] if f'{function}(' in source)
+    namespace = {}
+    exec(cells[number][0], namespace)
+    names = [name for name in namespace if not name.startswith('__')]
+    class Finished(Exception): pass
+    def note(images, *data, **settings): raise Finished(images, data, settings)
+    values = {name: f'value of {name}' for name in names}
+    values |= {'run': 'RUN', 'split': 'SPLIT', 'images': 'IMAGES', 'out': 'OUT', 'hyperparameters_from': '', 'options': {'extra': 'value of extra'}}
+    stubs = {'root': lambda: Path('top'), 'read_pairs': lambda folder, subset: pd.DataFrame({'image': [folder, subset]}),
+             'load_images': lambda folder, names, size: (folder, *names, size), function: note,
+             'best_hyperparameters': lambda folder, model: {'lr_g': (folder, model)}}
+    used = [name for name in names if name not in ('run', 'split', 'images', 'out', 'size', 'hyperparameters_from', 'options')]
+    with pytest.raises(Finished) as e: exec(cell, values | stubs)
+    images,data,settings = e.value.args
+    run = Path('top')/'RUN'
+    assert images==(run/'IMAGES', run/'SPLIT', 'train', 'value of size') and data[-1]==run/'OUT'
+    if stage!='search': assert data[1].image[1]=='test' and settings.pop('extra')=='value of extra'
+    assert settings=={name: f'value of {name}' for name in used}
+    if 'hyperparameters_from' not in names: return
+    with pytest.raises(Finished) as e: exec(cell, values | stubs | {'hyperparameters_from': 'FOUND'})
+    assert e.value.args[2]['lr_g']==(run/'FOUND', stage)
+
 # What is generated, and what is logged at a checkpoint
 
 def noise_by_hand(names, seed):
