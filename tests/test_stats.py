@@ -62,14 +62,14 @@ def is_uniform(p_values, discrete=0.):
 # --- means
 
 def test_bootstrap_of_patients_covers():
-    "Each case within the error of 1200 repetitions, their mean between 93 and 97 %"
+    "Each case within the error of 500 repetitions, their mean between 93 and 97 %"
     coverage = []
-    for n_patients, skewed in ((25, False), (60, False), (150, False), (100, True)):
+    for n_patients, skewed in ((12, False), (40, False), (100, True)):
         rng = np.random.default_rng(n_patients)
         hits = []
-        for seed in range(1200):
+        for seed in range(500):
             scores, patients, _ = simulated_scores(n_patients, rng, skewed=skewed)
-            interval = cluster_bootstrap(scores, patients, n_resamples=500, seed=seed)
+            interval = cluster_bootstrap(scores, patients, n_resamples=250, seed=seed)
             hits.append(covers(interval, .5))
         coverage.append(np.mean(hits))
     assert min(coverage)>.92 and max(coverage)<.98, coverage
@@ -397,6 +397,99 @@ def test_holm_equals_its_definition_and_controls_the_family():
         table = paired_tests(equal_models, patients, n_resamples=10)
         false_findings.append((table.p_holm<.05).any())
     assert np.mean(false_findings)<.05+3*np.sqrt(.05*.95/150)
+
+def test_interval_of_a_paired_test_is_over_patients():
+    "By hand: with two patients of differences 0 and 1, a quarter of all samples gives 0, and a quarter 1"
+    b = np.linspace(.1, .6, 30)
+    a = b+np.repeat([0, 1], 15)
+    by_patient = paired_test(a, b, 15*['a']+15*['b'])
+    assert (by_patient['ci_low'], by_patient['ci_high'])==pytest.approx((0, 1))
+    assert (by_patient['n'], by_patient['n_clusters'])==(30, 2)
+    by_pair = paired_test(a, b)
+    assert by_pair['ci_low']>.2 and by_pair['ci_high']<.8
+    five_patients = np.repeat(range(5), 30)
+    better = paired_test(np.arange(1., 151), np.zeros(150), five_patients, n_resamples=10)
+    assert better['p']==pytest.approx(2/2**5)                            # of 32 assignments of signs
+
+def bootstrap_by_hand(values, patients, n_resamples):
+    "Means of samples of patients, drawn one by one"
+    rng, names = np.random.default_rng(99), np.unique(patients)
+    rows = {name: values[patients==name] for name in names}
+    means = []
+    for _ in range(n_resamples):
+        means.append(np.concatenate([rows[name] for name in rng.choice(names, len(names))]).mean())
+    return np.array(means)
+
+def test_interval_of_a_paired_test_equals_a_bootstrap_by_hand():
+    rng = np.random.default_rng(30)
+    scores, patients, _ = simulated_scores(60, rng)
+    other = scores-.01-.03*rng.normal(size=60)[patients]+.01*rng.normal(size=len(scores))
+    result = paired_test(scores, other, patients, n_resamples=4000)
+    means = bootstrap_by_hand(scores-other, patients, 4000)
+    z = sp.t.ppf(.025, 59)*np.sqrt(60/59)                                # expanded percentiles
+    expected = np.quantile(means, sp.norm.cdf([z, -z]))
+    width = np.ptp(expected)
+    assert np.allclose([result['ci_low'], result['ci_high']], expected, atol=.06*width)
+    pairs_only = paired_test(scores, other, n_resamples=4000)
+    assert pairs_only['ci_high']-pairs_only['ci_low']<.8*width           # what patients prevent
+
+def score_table(scores, patients, model, copies=1):
+    "Scores as the stage `metrics` gives them to `run_statistics`; copies of a pair are more pairs of its patient"
+    import pandas as pd
+    table = pd.DataFrame({
+        'task': 'full image', 'model': model, 'source': 'samples', 'epoch': 20, 'checkpoint': 'last',
+        'patient': [f'p{i}' for i in patients], 'ssim': scores, 'ms_ssim': scores**2})
+    table = pd.concat([table]*copies, ignore_index=True)
+    return table.assign(pair=[f'q{i}' for i in range(len(table))], image=[f'i{i}' for i in range(len(table))])
+
+def test_more_pairs_of_the_same_patients_narrow_no_interval():
+    "Copying every pair of every patient four times adds no patient: all intervals stay, to the last digit"
+    import pandas as pd
+    from elbowsynth.evaluation.metrics import subgroup_scores
+    from elbowsynth.evaluation.run_statistics import score_intervals, score_tests, score_trends
+    rng = np.random.default_rng(31)
+    scores, patients, _ = simulated_scores(30, rng)
+    better = scores+.01+.02*rng.normal(size=len(scores))
+    epochs, limits = (10, 20, 30), ['ci_low', 'ci_high']
+    found = {}
+    for copies in 1, 4:
+        tables = [score_table(o, patients, name, copies) for o, name in ((scores, 'one'), (better, 'two'))]
+        final, n_rows = pd.concat(tables), len(scores)*copies
+        rising = []
+        for epoch in epochs:
+            gain = .001*epoch*(1+.3*np.tile(scores, copies)/scores.std())
+            rising.append(tables[0].assign(epoch=epoch, ssim=tables[0].ssim+gain))
+        pairs = tables[0].assign(view='AP', pathology='normal')
+        kwargs = dict(n_resamples=300)
+        found[copies] = {
+            'score_intervals': score_intervals(final, **kwargs)[[*limits, 'se']],
+            'score_tests': score_tests(final, **kwargs)[limits],
+            'score_trends': score_trends(pd.concat(rising), tables[0].assign(mmd2=.1), **kwargs)[limits][:2],
+            'subgroup_scores': subgroup_scores(tables[0], pairs)[limits],
+            'tost': list(tost(np.tile(better-scores, copies), .02, np.tile(patients, copies)).values())[1:4],
+            'cluster_mean': cluster_mean(np.tile(scores, copies), np.tile(patients, copies))['se'],
+            'paired_test': [paired_test(*(np.tile(o, copies) for o in (better, scores, patients)))[k] for k in limits],
+            'trend_test': [trend_test(np.tile(np.outer(scores, [1, 2, 4]), (copies, 1)), epochs, np.tile(patients, copies))[k] for k in limits]}
+    for name, once in found[1].items():
+        once, often = np.asarray(once, float), np.asarray(found[4][name], float)
+        assert np.isfinite(once).all() and np.allclose(once, often, rtol=1e-9), name
+
+def test_mmd_of_a_run_leaves_out_pairs_of_one_patient():
+    "`mmd_intervals` by hand, for paired and for unpaired sets"
+    from elbowsynth.evaluation.mmd import MMD_CONVENTIONS
+    from elbowsynth.evaluation.run_statistics import mmd_intervals
+    rng = np.random.default_rng(32)
+    patients = np.repeat(np.arange(12), 2)
+    x = rng.normal(size=(12, 3))[patients]+.1*rng.normal(size=(24, 3))
+    y = x+.3*rng.normal(size=x.shape)
+    sets = [{'task': 't', 'model': str(paired), 'source': 'samples', 'epoch': 1, 'checkpoint': 'last', 'paired': paired, 'fx': x, 'fy': y,
+             'noise': x+9, 'patients': patients, 'images': np.arange(24)} for paired in (True, False)]
+    table = mmd_intervals(sets, {'raw': MMD_CONVENTIONS['paper_raw_gamma1d']}, n_resamples=9).set_index('model')
+    def kernel(u, v): return np.exp(-((u-v)**2).sum()/3)
+    names = [f'p{i}' for i in patients]
+    assert table.estimate['True']==pytest.approx(mmd2_by_hand(x, y, names, names, kernel), abs=1e-9)
+    made_for = [f'y{i}' for i in patients]
+    assert table.estimate['False']==pytest.approx(mmd2_by_hand(x, y, names, made_for, kernel), abs=1e-9)
 
 def test_paired_tests_use_the_pairs_that_both_models_have():
     a = np.r_[np.arange(10.), np.nan]
