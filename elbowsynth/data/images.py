@@ -267,7 +267,7 @@ def load_images(
 )->np.ndarray: # (n, size, size), uint8
     "A stack of square images, downscaled by area averaging or upscaled bilinearly"
     def read_square(name):
-        image = read_image(require_path(Path(folder)/f'{name}.png', Path(folder).name))
+        image = read_gray8(require_path(Path(folder)/f'{name}.png', Path(folder).name))
         if image.shape==(size, size): return image
         interpolation = cv2.INTER_AREA if image.shape[0]>size else cv2.INTER_LINEAR
         return cv2.resize(image, (size, size), interpolation=interpolation)
