@@ -12,9 +12,9 @@ from elbowsynth.data.dicom import (
     apply_voi, dicom_error, display_pixels, import_dicom, is_dicom, match_single_term,
     read_dicom_image, stored_values, voi_table)
 from elbowsynth.data.importers import (
-    difference_hash, encode_png, import_folder, list_files, near_duplicate_groups, unique_names,
-    write_import)
-from elbowsynth.data.import_cli import format_summary
+    difference_hash, encode_png, import_folder, label_mapping, list_files, near_duplicate_groups,
+    unique_names, write_import)
+from elbowsynth.data.import_cli import format_summary, parse_label_args
 from elbowsynth.data.public_datasets import import_fracatlas, import_mura, import_png16, import_yolo
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -857,9 +857,9 @@ def test_a_faulty_coco_annotation_costs_its_image_only(tmp_path, fault, reason):
     assert result.rejects.file.tolist()==['a.png']
     assert re.search(reason, result.rejects.reason[0]), result.rejects.reason[0]
     if 'category_id' in fault: return
-    write_coco(tmp_path, [VALID, faulty | {'category_id': 3}])      # a label that is not wanted
-    labels = [VALID | {'id': 3, 'image_id': 1, 'category_id': 2}, VALID, faulty | {'category_id': 3}]
-    write_coco(tmp_path, labels)
+    # category 3 is not wanted, so its geometry does not matter
+    fluid = VALID | {'id': 3, 'image_id': 1, 'category_id': 2}
+    write_coco(tmp_path, [fluid, VALID, faulty | {'category_id': 3}])
     result = import_coco(tmp_path)
     assert not len(result.rejects)
     assert result.labels[['file', 'pathology']].values.tolist()==[['a.png', FLUID], ['b.png', FX]]
@@ -895,7 +895,7 @@ def labelme(shape, **changes):
 
 BOX = {'label': 'fx', 'shape_type': 'rectangle', 'points': [[5, 5], [25, 25]]}
 LABELME_FAULTS = [
-    (labelme(BOX | {'shape_type': 'point', 'points': [[3, 3]]}), 'a point of 1 points, which has no'),
+    (labelme(BOX | {'shape_type': 'point', 'points': [[3, 3]]}), 'a point of 1 points, which has'),
     (labelme(BOX | {'shape_type': 'linestrip'}), 'a linestrip of 2 points, which has no area'),
     (labelme(BOX | {'shape_type': 'mask', 'mask': 'AAAA'}), 'its mask cannot be decoded'),
     (labelme(BOX | {'shape_type': 'mask', 'mask': None}), 'its mask cannot be decoded'),
@@ -905,7 +905,7 @@ LABELME_FAULTS = [
 
 @pytest.mark.parametrize('text, reason', LABELME_FAULTS+[
     ('{"foo": 1}', 'its JSON file has no shapes, imagePath'),
-    ('{"shapes": ', 'its JSON file is not a JSON file'), ('[1]', 'its JSON file holds no annotations'),
+    ('{"shapes": ', 'its JSON file is not a JSON file'), ('[1]', 'its JSON file holds no'),
     (labelme(BOX, imagePath='b.png'), 'of another image'), (labelme(BOX, shapes=3), 'not a list')])
 def test_a_faulty_labelme_file_costs_its_image_only(tmp_path, text, reason):
     for k, name in enumerate('ab'):
@@ -966,8 +966,8 @@ def region(shape=(), **attributes):
     (region({'name': 'point', 'cx': 1, 'cy': 2}), 'a point has no area'),
     (region({'name': 'rect', 'x': 1}), 'it has no y'),
     (region({'name': 'circle', 'cx': 'x', 'cy': 1, 'r': 2}), 'not a list of numbers'),
-    (region({'name': 'polygon', 'all_points_x': [1, 2, 3], 'all_points_y': [1]}), 'as many x as y'),
-    (region({'name': 'rect', 'x': 300, 'y': 300, 'width': 90, 'height': 90}), 'leaves the image'),
+    (region({'name': 'polygon', 'all_points_x': [1, 2, 3], 'all_points_y': [1]}), 'many x as y'),
+    (region({'name': 'rect', 'x': 300, 'y': 300, 'width': 9, 'height': 9}), 'leaves the image'),
     ({'shape_attributes': {}}, 'no attribute type'), (region(type=3), 'is not a text'),
     ('x', 'region 1')])
 def test_a_faulty_via_region_costs_its_image_only(tmp_path, faulty, reason):
@@ -984,7 +984,8 @@ def test_the_attribute_of_via_can_be_named(tmp_path, monkeypatch):
              '--label', f'fx={FX}']
     monkeypatch.setattr(sys, 'argv', ['import_cli', *map(str, words)])
     with pytest.raises(SystemExit) as stop: module.main()
-    assert 'attributes reader (1), type (2)' in str(stop.value) and '--attribute NAME' in str(stop.value)
+    message = str(stop.value)
+    assert 'attributes reader (1), type (2)' in message and '--attribute NAME' in message
     sys.argv += ['--attribute', 'type']
     module.main()
     assert pd.read_csv(tmp_path/'out'/'labels.csv').pathology.tolist()==[FX, FX]
@@ -1095,6 +1096,14 @@ def test_overrides_by_two_names_of_an_image_are_refused(tmp_path):
     with pytest.raises(ValueError, match='by their path and by their imported name, too: a.png'):
         import_folder(tmp_path/'in', tmp_path/'out', overrides=tmp_path/'fill.csv')
 
+def test_options_and_labels_that_contradict_each_other_are_refused():
+    parsed = parse_label_args(['fx=normal', 'fx = normal', 'x=-'])
+    assert parsed=={'fx': 'normal', 'x': None}
+    with pytest.raises(ValueError, match="'fx' is given twice"):
+        parse_label_args(['fx=normal', f'fx={FX}'])
+    with pytest.raises(ValueError, match="labels maps 'big fx' twice"):
+        label_mapping(['big fx'], {'big_fx': FX, 'Big fx': FLUID})
+
 @pytest.mark.parametrize('table', [
     'file,view,side,view\na.png,AP,L,LAT\n', 'file,patient_id,Patient ID\na.png,1,2\n'])
 def test_two_columns_of_one_name_are_refused(tmp_path, table):
@@ -1112,6 +1121,21 @@ def test_the_age_in_a_deidentified_table_is_at_most_90(tmp_path):
     assert sorted(result.labels.age)==['', '8.5', '90']
     assert '97' not in (tmp_path/'out'/'labels.csv').read_text().split(',')
     assert sorted(import_folder(tmp_path/'in', tmp_path/'named').labels.age)[1]=='97'
+
+def test_names_that_a_spreadsheet_would_run_are_escaped(tmp_path):
+    for name in ('=1+1', '-x'): write_png(tmp_path/'in'/f'{name}.png', noise(len(name)))
+    (tmp_path/'in'/'@SUM.png').write_bytes(b'')
+    for _ in range(2):                                              # the second finds the first
+        result = import_folder(tmp_path/'in', tmp_path/'out')
+    assert sorted(result.labels.source)==['-x.png', '=1+1.png']
+    for name in ('labels', 'rejects', 'missing_labels'):
+        rows = (tmp_path/'out'/f'{name}.csv').read_text().splitlines()
+        cells = [cell for row in rows for cell in row.split(',')]
+        assert not [cell for cell in cells if cell[:1] in tuple('=+-@')], name
+    (tmp_path/'fill.csv').write_text("file,view\n'=1+1.png,AP\n")
+    result = import_folder(tmp_path/'in', tmp_path/'out', overrides=tmp_path/'fill.csv')
+    assert sorted(result.labels['view'])==['', 'AP']
+    assert len(list((tmp_path/'out').glob('*.png')))==2
 
 def test_duplicates_with_other_labels_are_named_as_such(tmp_path):
     for name in 'abc': write_png(tmp_path/'in'/f'{name}.png', noise(1))
@@ -1136,7 +1160,8 @@ MIA = dict(PatientName='Muster^Mia', PatientBirthDate='20160229')
     (dict(PatientID='1', **MIA), dict(PatientID='2', **MIA), 1, 0),
     (dict(PatientID='1', **MIA),
      dict(PatientName='MUSTER^MIA^^^', PatientBirthDate='20160229'), 1, 0),
-    (dict(PatientID='1', **MIA), dict(PatientID='2', **MIA | dict(PatientBirthDate='20170101')), 2, 0),
+    (dict(PatientID='1', **MIA),
+     dict(PatientID='2', **MIA | dict(PatientBirthDate='20170101')), 2, 0),
     (dict(PatientID='1', **MIA), dict(PatientID='2', PatientName='Muster^Mia'), 2, 1),
     (dict(PatientID='712', IssuerOfPatientID='KSB', **MIA),
      dict(PatientID='712', PatientName='Roe^Ann', PatientBirthDate='19990101'), 2, 1),
@@ -1163,7 +1188,8 @@ def test_spellings_of_a_patient_share_a_group(tmp_path):
     result = import_folder(tmp_path/'in', tmp_path/'out')
     assert result.labels.patient.tolist()==['P007', 'p7', 'P70', 'unknown-3', 'unknown-4']
     assert result.labels.group.tolist()==['P007', 'P007', 'P70', '3', '4']
-    assert result.summary['possibly_one_patient']==['P007 and p7: spelled differently, kept in one set']
+    candidates = result.summary['possibly_one_patient']
+    assert candidates==['P007 and p7: spelled differently, kept in one set']
     import_folder(tmp_path/'in', tmp_path/'private', deidentify=True)
     assert 'p7' not in (tmp_path/'private'/'import.json').read_text()
 
@@ -1172,7 +1198,8 @@ def test_views_of_an_unknown_patient_share_a_group(tmp_path):
     for k, name in enumerate(names): write_png(tmp_path/'in'/name, noise(k, 40, 40, 255, np.uint8))
     result = import_folder(tmp_path/'in', tmp_path/'out')
     groups = dict(zip(result.labels.source, result.labels.group))
-    assert groups['P1_AP.png']==groups['P1_lat.png'] and groups['P2-LAT-L.png']==groups['P2/frontal.png']
+    assert groups['P1_AP.png']==groups['P1_lat.png']
+    assert groups['P2-LAT-L.png']==groups['P2/frontal.png']
     assert len(set(groups.values()))==4                             # numbers may be patients
     assert result.summary['n_unknown_patients']==6 and result.summary['n_unknown_groups']==4
     text = format_summary(result, 'OUT')
@@ -1181,10 +1208,11 @@ def test_views_of_an_unknown_patient_share_a_group(tmp_path):
 # ---------------------------------------------------------------- YOLO sets as downloaded
 
 @pytest.mark.parametrize('wanted, empty, expected', [
-    ({'fluid': FLUID}, None, 'normal'), ({'fluid': ''}, None, 'normal'), ({'fluid': None}, None, ''),
-    ({'fluid': None}, 'normal', 'normal'), ({'fluid': FLUID}, '', '')])
-def test_empty_label_files_are_normal_only_if_no_class_is_left_out(tmp_path, wanted, empty, expected):
-    source = write_yolo(tmp_path/'in', 'names: [fx, fluid]', {'a': '0 .5 .5 .5 .5', 'b': '', 'c': ' \n'})
+    ({'fluid': FLUID}, None, 'normal'), ({'fluid': ''}, None, 'normal'),
+    ({'fluid': None}, None, ''), ({'fluid': None}, 'normal', 'normal'), ({'fluid': FLUID}, '', '')])
+def test_empty_label_files_are_normal_if_no_class_is_left_out(tmp_path, wanted, empty, expected):
+    labels = {'a': '0 .5 .5 .5 .5', 'b': '', 'c': ' \n'}
+    source = write_yolo(tmp_path/'in', 'names: [fx, fluid]', labels)
     options = {} if empty is None else {'empty_label': empty}
     result = import_yolo(source, tmp_path/'out', CLASSES | wanted, **options)
     assert result.labels.pathology.tolist()==[FX, expected, expected]
@@ -1309,7 +1337,8 @@ def test_file_names_that_are_not_utf8(tmp_path):
     def read(path):
         if path.name==bad: raise ValueError('it is empty')
         return noise(1), {}
-    result = write_import([{'file': good}, {'file': bad}], tmp_path/'in', tmp_path/'out', reader=read)
+    records = [{'file': good}, {'file': bad}]
+    result = write_import(records, tmp_path/'in', tmp_path/'out', reader=read)
     assert result.labels.file.tolist()==['h_kchen.png']
     assert result.labels.source.tolist()==['h?kchen.png']
     assert 'kaputt?.png' in (tmp_path/'out'/'rejects.csv').read_text()

@@ -24,9 +24,9 @@ from pydicom.uid import (
     JPEGLSLossless, RLELossless)
 from .images import MAX_PIXELS
 from .importers import (
-    drop_equal_channels, first_linked, Imported, is_placeholder, list_files, normalize_term,
-    SIDE_ALIASES, VIEW_ALIASES, write_import)
-from .labels import normalize_patient_id
+    drop_equal_channels, first_linked, Imported, list_files, normalize_term, SIDE_ALIASES,
+    VIEW_ALIASES, write_import)
+from .labels import is_unknown_patient, normalize_patient_id
 
 # %% ../../nbs/2_data/25_dicom.ipynb #a5f5ace7
 DICOM_PREFIX = b'DICM'
@@ -78,6 +78,7 @@ def _bits_error(ds):
         return f'HighBit {high_bit} of {stored} bits stored is not supported if compressed'
     return ''
 
+# %% ../../nbs/2_data/25_dicom.ipynb #17177335
 def dicom_error(
     ds:Dataset, # From `read_dicom`
 )->str: # Empty if there is none
@@ -108,6 +109,7 @@ def _is_lossy(ds):
     is_lossy = syntax.is_encapsulated and syntax not in LOSSLESS_SYNTAXES
     return is_lossy or ds.get('LossyImageCompression')=='01'
 
+# %% ../../nbs/2_data/25_dicom.ipynb #90748c8d
 def stored_values(
     ds:Dataset, # A grayscale DICOM image
 )->tuple[np.ndarray, np.ndarray]: # (rows, columns): values; whether other bits were set, bool
@@ -354,12 +356,12 @@ def patient_identity(
     "The identity of a patient, without placeholders that many patients share"
     def stripped(tag): return str(ds.get(tag) or '').strip()
     number, name = normalize_patient_id(stripped('PatientID')), stripped('PatientName')
-    is_number = not is_placeholder(number.replace('0', ''))
+    is_number = not is_unknown_patient(number.replace('0', ''))
     birth_date = re.sub(r'\D', '', stripped('PatientBirthDate'))
     is_date = len(birth_date)==8 and birth_date[4:]!='0000' and birth_date[:4]>'1900'
     return PatientIdentity(
         number if is_number else '', _normalized_name(stripped('IssuerOfPatientID')),
-        '' if is_placeholder(name.replace('0', '')) else _normalized_name(name),
+        '' if is_unknown_patient(name.replace('0', '')) else _normalized_name(name),
         birth_date if is_date else '')
 
 # %% ../../nbs/2_data/25_dicom.ipynb #84e5b746
@@ -370,6 +372,7 @@ def _is_one_person(a, b):
     if a.birth_date and b.birth_date: return a.birth_date==b.birth_date
     return not (a.name and b.name) or a.name==b.name
 
+# %% ../../nbs/2_data/25_dicom.ipynb #0aa3cff5
 def _patient_links(identities):
     "Pairs that are one person, and (i, j, reason) of pairs that may be"
     by_number, by_name = {}, {}
@@ -386,6 +389,7 @@ def _patient_links(identities):
         else: candidates.append((i, j, 'the same number, with another issuer or name'))
     return links, candidates
 
+# %% ../../nbs/2_data/25_dicom.ipynb #7fb95467
 def link_dicom_patients(
     records:list[dict], # With `identity`
 )->tuple[list[str], list[tuple]]: # A key for each, '' if unknown; (key, key, reason)

@@ -9,7 +9,7 @@ __all__ = ['REMARKS', 'IMPORTERS', 'ALLOWED_OPTIONS', 'format_summary', 'parse_l
 # %% ../../nbs/2_data/27_import_cli.ipynb #5626dac8
 import argparse, re, sys
 from pathlib import Path
-from .annotations import MAX_LISTED
+from .labels import MAX_LINES
 from .importers import (
     import_folder, Imported, label_mapping, normalize_term, SIDE_ALIASES, VIEW_ALIASES)
 from .dicom import import_dicom
@@ -34,11 +34,12 @@ def _patient_lines(summary):
         lines.append(f'  patient unknown: {n} images, in {summary["n_unknown_groups"]} groups by '
                      'study, file name and similarity; fix: fill in the column patient if you can')
     pairs = summary.get('possibly_one_patient', [])
-    lines += [f'  possibly one patient: {pair}' for pair in pairs[:MAX_LISTED]]
-    n_more = len(pairs)-MAX_LISTED
+    lines += [f'  possibly one patient: {pair}' for pair in pairs[:MAX_LINES]]
+    n_more = len(pairs)-MAX_LINES
     if n_more>0: lines.append(f'  and {n_more} more pairs, in import.json')
     return lines
 
+# %% ../../nbs/2_data/27_import_cli.ipynb #4d2a296e
 def _reject_lines(rejects, out):
     "The kinds of reasons with their counts; reasons that differ in numbers only are one kind"
     kinds = {}
@@ -46,14 +47,15 @@ def _reject_lines(rejects, out):
         kinds.setdefault(re.sub(r'\d+(\.\d+)?', 'N', reason), []).append(reason)
     by_count = sorted(kinds.values(), key=len, reverse=True)
     lines = []
-    for reasons in by_count[:MAX_LISTED]:
+    for reasons in by_count[:MAX_LINES]:
         example = ', for example' if len(set(reasons))>1 else ''
         lines.append(f'  rejected: {len(reasons)} x {reasons[0]}{example}')
-    n_more = sum(len(reasons) for reasons in by_count[MAX_LISTED:])
+    n_more = sum(len(reasons) for reasons in by_count[MAX_LINES:])
     if n_more: lines.append(f'  rejected: {n_more} for other reasons')
     if lines: lines.append(f'  all {len(rejects)} are listed in {out}/rejects.csv')
     return lines
 
+# %% ../../nbs/2_data/27_import_cli.ipynb #05244adc
 def format_summary(
     result:Imported, # From an importer
     out:Path, # Its folder
@@ -70,7 +72,7 @@ def format_summary(
                      f'{s["class_of_empty_files"]}')
     lines += _reject_lines(result.rejects, out)
     if deidentify:
-        first = result.rejects.head(MAX_LISTED)
+        first = result.rejects.head(MAX_LINES)
         lines += [f'    {file}: {reason}' for file,reason in first.values]
     missing = {column: s[f'missing_{column}'] for column in ('view', 'side', 'pathology')}
     missing = [f'{column} of {n}' for column,n in missing.items() if n]
@@ -87,8 +89,11 @@ def parse_label_args(
     mapping = {}
     for text in texts:
         if '=' not in text: raise ValueError(f'{text!r}: expected WORD=CLASS')
-        word, value = text.rsplit('=', 1)
-        mapping[word.strip()] = None if value.strip()=='-' else value.strip()
+        word, value = (part.strip() for part in text.rsplit('=', 1))
+        meaning = None if value=='-' else value
+        if mapping.get(word, meaning)!=meaning:
+            raise ValueError(f'{word!r} is given twice, as {mapping[word]!r} and {meaning!r}')
+        mapping[word] = meaning
     return mapping
 
 # %% ../../nbs/2_data/27_import_cli.ipynb #22d66d82

@@ -38,6 +38,7 @@ def _listed_studies(top):
     if errors: raise ValueError(f'{summarize_errors(errors)}; fix: download MURA again')
     return studies
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #49e019cb
 def mura_root(
     source:Path, # `MURA-v1.1` or its parent folder
 )->Path: # The folder with `train` and `valid`
@@ -108,6 +109,7 @@ def _listed_names(path):
     is_header = bool(names) and names[0].lower().replace('_', ' ') in SYNONYMS['file']
     return names[1:] if is_header else names
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #54948889
 def _chosen_rows(table, body_parts, chosen, lookup):
     "Rows of the chosen images by file; (name, reason) of those without an image or with two rows"
     rows, rejects = {}, []
@@ -119,6 +121,7 @@ def _chosen_rows(table, body_parts, chosen, lookup):
         elif file: rows.setdefault(file, []).append(row)
     return rows, rejects
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #af952920
 def _fracture_outlines(source, lookup):
     "The COCO polygons of fractures by image; (name, reason) of those without one"
     path = Path(source)/'Annotations'/'COCO JSON'/'COCO_fracture_masks.json'
@@ -216,6 +219,7 @@ def _unique_mapping(loader, node):
 
 _StrictLoader.add_constructor('tag:yaml.org,2002:map', _unique_mapping)
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #a601e94d
 @dataclass(frozen=True)
 class YoloConfig:
     "What the `data.yaml` of a data set states"
@@ -234,6 +238,7 @@ def find_yolo_config(
     names = ', '.join(p.name for p in found)
     raise ValueError(f'{source} has {names}; expected one of them; fix: keep the right one')
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #dd42aeaa
 def read_yolo_config(
     path:Path, # `data.yaml`
 )->YoloConfig: # Its classes, key points and license
@@ -282,6 +287,7 @@ def _read_yolo_image(path, source, config):
         raise ValueError(str(e).replace(label_file.name, 'its label file', 1)) from None
     return image, {'shapes': shapes, 'labels': [] if shapes else ['(empty)']}
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #4eaa032f
 def import_yolo(
     source:Path, # With `data.yaml` or `dataset.yaml`, and folders `images` and `labels`
     out:Path, # Folder to write
