@@ -847,6 +847,8 @@ def test_harmless_changes_resume_and_others_start_anew(model, short_and_long, tm
         compared = [k for k in ours if k.startswith(('gen/', 'critic/', 'dis/', 'twin/'))]
         if model=='wgan_gp' and file.parent.name!=resumed[0][0]: continue        # not trained on
         assert all(torch.equal(ours[k], theirs[k]) for k in compared)
+    train_quickly(model, tmp_path/'out', epochs=4, batch_size=2, **changes)
+    assert re.search(rf'^{resumed[0][0]}: all {resumed[0][2]} steps are done$', capsys.readouterr().out, re.M)
     rate = {'lr': 3e-4} if model=='wgan_gp' else {'lr_d': 3e-4}
     train_quickly(model, tmp_path/'out', epochs=1, batch_size=2, **rate)
     said = capsys.readouterr().out

@@ -380,13 +380,15 @@ def prepare_training(
 )->int: # Steps that remain
     "Claim a folder, restore its last good checkpoint, and print where the training starts"
     reason = claim_training_dir(out, config)
+    (Path(out)/'diverged.json').unlink(missing_ok=True)         # of an earlier start
     done = restore_checkpoint(Path(out)/'checkpoint.safetensors') or 0
     total = total_steps(n, batch_size, epochs)
     name = Path(out).name
     if done>total: raise ValueError(
         f'{name} is already trained for {done} steps; {epochs} epochs are only {total} steps; '
         'fix: set epochs at least as high as before, or use another folder')
-    print_start(name, done, total, done*batch_size/n, reason)
+    if done and done==total: print(f'{name}: all {total} steps are done')
+    else: print_start(name, done, total, done*batch_size/n, reason)
     return total-done
 
 # %% ../../nbs/3_gans/35_gan.ipynb #e4a6b62e
