@@ -1,15 +1,18 @@
 """Kill a function at a file operation, run it again, and compare every file with an undisturbed run
 
     from kills import run_with_kills
-    differing = run_with_kills('test_gans:train_quickly', tmp_path, n_kills=8)
+    differing = run_with_kills(train_quickly, tmp_path, n_kills=8)
     assert differing == {k: [] for k in differing}
 
-`test_gans:train_quickly` is a function of one argument, the folder to write into, in a module of `tests`.
+`train_quickly` is a function of one argument, the folder to write into. Its children are forked from this
+process. Instead of the function its name may be given, `test_gans:train_quickly`: then a new process imports
+that module of `tests`, runs the function once and forks the children, for functions that start threads.
+
 A kill at operation n is a SIGKILL before the n-th call that changes a file or a folder (open to write,
 replace, rename, link, unlink, mkdir, rmdir, fsync, `save_file` of safetensors), or right after a file was
-emptied or half written. One process imports the module and forks a child for each run
+emptied or half written
 """
-import importlib, json, os, random, signal, subprocess, sys
+import importlib, json, os, random, shutil, signal, subprocess, sys
 from pathlib import Path
 
 # What a log has that depends on the clock
@@ -65,24 +68,30 @@ def fork_run(function, out, kill_at, operation_log):
         finally: os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-def run_all(target, folder, n_kills, seed):
-    "An undisturbed run, and runs that are killed and started again; writes `moments.json`"
+def run_all(function, folder, n_kills, seed):
+    "An undisturbed run, and runs that are killed and started again; {operation number: operation}"
+    operation_log = folder/'operations.txt'
+    assert fork_run(function, folder/'undisturbed'/'out', 0, operation_log) == 0, 'it fails without a kill'
+    operations = [line.partition(' ')[2] for line in operation_log.read_text().splitlines()]
+    numbers = range(1, len(operations)+1)
+    moments = sorted(random.Random(seed).sample(numbers, min(n_kills, len(numbers))))
+    for moment in moments:
+        operation, out = operations[moment-1], folder/f'kill-{moment}'/'out'
+        killed = fork_run(function, out, moment, folder/'killed.txt')
+        assert killed == -signal.SIGKILL, f'it was not killed at {operation}'
+        resumed = fork_run(function, out, 0, folder/'resumed.txt')
+        assert resumed == 0, f'it fails when it is started again after a kill at {operation}'
+    return {m: operations[m-1] for m in moments}
+
+def main(target, folder, n_kills, seed):
+    "`run_all` for the name of a function, in this process; writes `moments.json`"
     import torch
     torch.set_num_threads(1)
     module, name = target.split(':')
     function, folder = getattr(importlib.import_module(module), name), Path(folder)
-    operation_log = folder/'operations.txt'
-    if fork_run(function, folder/'undisturbed'/'out', 0, operation_log):
-        sys.exit(f'{target} fails without a kill')
-    operations = operation_log.read_text().splitlines()
-    moments = sorted(random.Random(seed).sample(range(1, len(operations)+1), min(n_kills, len(operations))))
-    for moment in moments:
-        out = folder/f'kill-{moment}'/'out'
-        if fork_run(function, out, moment, folder/'killed.txt') != -signal.SIGKILL:
-            sys.exit(f'{target} was not killed at {operations[moment-1]}')
-        if fork_run(function, out, 0, folder/'resumed.txt'):
-            sys.exit(f'{target} fails when it is started again after a kill at {operations[moment-1]}')
-    (folder/'moments.json').write_text(json.dumps({m: operations[m-1] for m in moments}))
+    function(folder/'warm-up'/'out')                                # imports all that the children need
+    shutil.rmtree(folder/'warm-up')
+    (folder/'moments.json').write_text(json.dumps(run_all(function, folder, int(n_kills), int(seed))))
 
 # ---- in the test
 
@@ -105,18 +114,20 @@ def differing_files(a, b, ignored_tensors=()):
         return both and comparable(a/name, ignored_tensors) == comparable(b/name, ignored_tensors)
     return [str(name) for name in sorted(files) if not same(name)]
 
-def run_with_kills(target, folder, n_kills=8, seed=0, ignored_tensors=(), timeout=1800):
+def run_with_kills(target, folder, n_kills=8, seed=0, ignored_tensors=(), timeout=3600):
     "{operation at which the run was killed: files that differ from those of the undisturbed run}"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tests = Path(__file__).parent
-    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(tests.parent), str(tests)])}
-    command = [sys.executable, __file__, target, str(folder), str(n_kills), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-2000:]+done.stderr[-4000:]
-    moments = json.loads((folder/'moments.json').read_text())
+    if callable(target): moments = run_all(target, folder, n_kills, seed)
+    else:
+        tests = Path(__file__).parent
+        env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(tests.parent), str(tests)])}
+        command = [sys.executable, __file__, target, str(folder), str(n_kills), str(seed)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
+        assert done.returncode == 0, done.stdout[-2000:]+done.stderr[-4000:]
+        moments = json.loads((folder/'moments.json').read_text())
     undisturbed = folder/'undisturbed'
     return {f'{n} {operation}': differing_files(undisturbed, folder/f'kill-{n}', ignored_tensors)
             for n, operation in moments.items()}
 
-if __name__ == '__main__': run_all(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+if __name__ == '__main__': main(*sys.argv[1:])
