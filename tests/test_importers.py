@@ -328,6 +328,18 @@ def test_bits_stored_limit_the_values_of_real_files(name, bits):
     assert np.array_equal(values, by_hand)
     assert np.array_equal(is_foreign, (pixels!=by_hand) & (pixels!=by_hand % (1<<bits)))
 
+@pytest.mark.parametrize('dtype', [np.uint8, np.int8, np.uint16, np.int16, np.uint32])
+def test_each_unused_bit_of_each_container_is_found(dtype):
+    "Five bits of a container of 8, 16 or 32: values, two's complement, and each bit above"
+    width, is_signed = 8*np.dtype(dtype).itemsize, np.dtype(dtype).kind=='i'
+    bits = [5, 27, 5 | 1<<5, 5 | 1<<width-1, 27 | ((1<<width)-1)<<5 & (1<<width)-1]
+    pixels = np.array(bits, f'u{width//8}').view(dtype)
+    values, is_foreign = stored_values(dicom_image(pixels, BitsStored=5))
+    negative = 27-32 if is_signed else 27
+    assert values.tolist()==[[5, negative, 5, 5, negative]]
+    # all upper bits set are the sign of a negative number
+    assert is_foreign.tolist()==[[False, False, True, True, not is_signed]]
+
 def test_lossless_jpeg_is_limited_to_the_bits_stored():
     path = real('JPEG-LL.dcm')                                      # process 14, 16 bits, signed
     pixels = pydicom.dcmread(path).pixel_array.astype(int)

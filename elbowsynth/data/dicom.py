@@ -120,12 +120,13 @@ def stored_values(
     n_bits = int(ds.BitsStored)
     low_bit = int(ds.get('HighBit', n_bits-1))+1-n_bits
     max_value = (1<<n_bits)-1
-    bits = decoded.astype(np.int64) & 0xffff
+    all_bits = (1<<8*decoded.itemsize)-1
+    bits = decoded.astype(np.int64) & all_bits
     values = bits>>low_bit & max_value
     is_negative = (ds.PixelRepresentation!=0) & (values>>(n_bits-1)==1)
 
     unused = bits & ~(max_value<<low_bit)
-    sign_extension = 0xffff & ~((1<<(low_bit+n_bits))-1)
+    sign_extension = all_bits & ~((1<<(low_bit+n_bits))-1)
     is_foreign = (unused!=0) & ~(is_negative & (unused==sign_extension))
     if is_foreign.any() and _is_lossy(ds):
         raise DicomError('bits outside of BitsStored, lossily compressed: an overlay may be in '
