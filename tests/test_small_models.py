@@ -1,5 +1,5 @@
 "The small base models: architecture, loading by diffusers, scores of the model cards, patients"
-import json, shutil
+import json, os, shutil
 import numpy as np, pandas as pd, pytest, torch
 from safetensors import safe_open
 from conftest import ROOT, sh
@@ -14,7 +14,7 @@ from elbowsynth.diffusion.small_models import BUILDERS, component_sizes
 from elbowsynth.evaluation.baselines import telea_inpaint, vae_reconstruct
 from elbowsynth.phantom.phantom import phantom, phantom_dataset_plan
 from elbowsynth.stages import profile_values, stages
-from elbowsynth.training import load_checkpoint, lr_factor
+from elbowsynth.training import load_checkpoint, lr_factor, TrainingDiverged
 
 NAMES = list(BUILDERS)
 MANIFEST = json.loads((bundled_models_dir()/'manifest.json').read_text())
@@ -205,3 +205,45 @@ def test_missing_models_are_reported(monkeypatch, tmp_path):
 
 def test_command_line_help():
     assert '--bundle' in sh('python', '-m', 'elbowsynth.diffusion.pretraining', '--help').stdout
+
+def test_settings_of_the_optimizer():
+    "The values of the models in the package"
+    net = torch.nn.Linear(1, 1)
+    values = pretraining.make_adamw(net, .25).defaults
+    assert {k: values[k] for k in ('lr', 'betas', 'eps', 'weight_decay')} == {
+        'lr': .25, 'betas': (.9, .99), 'eps': 1e-8, 'weight_decay': .01}
+
+def test_settings_of_pretraining_reach_both_trainings(monkeypatch, tmp_path):
+    calls = {}
+    def train_vae(vae, images, out, total_steps, deadline):
+        calls['vae'] = images.shape, out, total_steps
+        return total_steps
+    def train_denoiser(pipe, images, validation_images, out, total_steps, deadline):
+        calls['denoiser'] = images.shape, len(validation_images), out, total_steps
+    monkeypatch.setattr(pretraining, 'train_vae', train_vae)
+    monkeypatch.setattr(pretraining, 'train_denoiser', train_denoiser)
+    out = tmp_path/'tiny-flux'
+    pretrain('tiny-flux', tmp_path, n_images=3, size=64, vae_steps=5, denoiser_steps=7)
+    assert calls == {'vae': ((3, 64, 64), out, 5), 'denoiser': ((3, 64, 64), 3, out, 7)}
+    pretrain('tiny-flux', tmp_path, n_images=2, size=32)               # cached images are of another size
+    assert calls['vae'] == ((2, 32, 32), out, 2000) and calls['denoiser'][-1] == 6400
+    (tmp_path/'train.npy').write_bytes((tmp_path/'train.npy').read_bytes()[:200])
+    pretrain('tiny-flux', tmp_path, n_images=2, size=32)
+    assert len(np.load(tmp_path/'train.npy')) == 2
+
+def test_pretraining_stops_at_nan_and_goes_on(monkeypatch, tmp_path):
+    settings = dict(n_images=4, size=64, vae_steps=1, denoiser_steps=3)
+    loss = pretraining.denoising_loss
+    def nan_at_step_3(*args, **kwargs): return loss(*args, **kwargs)*(np.nan if args[5] == 2 else 1)
+    pretrain('tiny-flux', tmp_path, **settings | dict(denoiser_steps=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, 'denoising_loss', nan_at_step_3)
+        with pytest.raises(TrainingDiverged, match='diverged at step 3: loss is nan.*resumes from step 2'):
+            pretrain('tiny-flux', tmp_path, **settings)
+    file = tmp_path/'tiny-flux'/'denoiser.safetensors'
+    assert load_checkpoint(file, {})['step'] == 2
+    pretrain('tiny-flux', tmp_path, **settings)
+    assert load_checkpoint(file, {})['step'] == 3
+    os.truncate(file, 99)
+    pretrain('tiny-flux', tmp_path, **settings)
+    assert load_checkpoint(file, {})['step'] == 3

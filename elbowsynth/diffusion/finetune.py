@@ -8,10 +8,11 @@ __all__ = ['EVALUATIONS', 'NOT_IN_WEIGHTS', 'DENOISER_LORA_LAYERS', 'TEXT_LORA_L
            'is_saved_at', 'resume_config', 'evaluation_config', 'claim_evaluation', 'trainable_models',
            'trainable_params', 'TrainableState', 'last_trained_step', 'set_trainable', 'make_optimizer',
            'learning_rates', 'set_learning_rates', 'clip_grad_norm', 'estimate_resources', 'check_resources',
-           'save_lora', 'with_dtype', 'save_model', 'LossModule', 'TrainingRun', 'resume_point', 'is_complete',
-           'embed_captions', 'print_cut_captions', 'enable_gradient_checkpointing', 'latent_bytes', 'latents_key',
-           'setup_training', 'next_batch', 'stop_diverged', 'log_step', 'save_training_state', 'evaluate_and_sample',
-           'fine_tune', 'plot_masked_losses', 'checkpoint_samples', 'train_cli']
+           'save_lora', 'with_dtype', 'plain_tokenizers', 'replace_folder', 'save_model', 'LossModule', 'TrainingRun',
+           'resume_point', 'is_complete', 'embed_captions', 'print_cut_captions', 'enable_gradient_checkpointing',
+           'latent_bytes', 'latents_key', 'setup_training', 'next_batch', 'stop_diverged', 'log_step',
+           'save_training_state', 'evaluate_and_sample', 'fine_tune', 'plot_masked_losses', 'checkpoint_samples',
+           'train_cli']
 
 # %% ../../nbs/4_diffusion/48_finetune.ipynb #f46e53ea
 import contextlib, glob, inspect, json, shutil, time
@@ -365,7 +366,9 @@ def with_dtype(
 
 # %% ../../nbs/4_diffusion/48_finetune.ipynb #b25d1140
 @contextlib.contextmanager
-def _plain_tokenizers(pipe):
+def plain_tokenizers(
+    pipe, # A pipeline
+):
     "Without the padding and truncation of the last call, which a tokenizer would save"
     backends = [t.backend_tokenizer for t in pipe.components.values()
                 if hasattr(t, 'backend_tokenizer')]
@@ -379,9 +382,15 @@ def _plain_tokenizers(pipe):
             if padding: backend.enable_padding(**padding)
             if truncation: backend.enable_truncation(**truncation)
 
-def _sync_tree(folder):
-    "Wait until a folder with all its files is on the disk"
-    for path in [folder, *folder.rglob('*')]: sync_to_disk(path)
+def replace_folder(
+    part:Path, # A folder next to `folder`
+    folder:Path, # Where it belongs; what is there is removed
+):
+    "Rename a folder when all its files are on the disk"
+    for path in [part, *part.rglob('*')]: sync_to_disk(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    sync_to_disk(folder.parent)
 
 # %% ../../nbs/4_diffusion/48_finetune.ipynb #e125af38
 def save_model(
@@ -400,14 +409,11 @@ def save_model(
         shutil.rmtree(part, ignore_errors=True)
         if config.lora_rank: save_lora(pipe, models, part)
         else:
-            with _plain_tokenizers(pipe): pipe.save_pretrained(part)
+            with plain_tokenizers(pipe): pipe.save_pretrained(part)
         save_json(part/'training_state.json', {
             'steps': step, 'recipe': config.recipe, 'output_dtype': config.output_dtype,
             'checksums': file_checksums(part)})
-        _sync_tree(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-        sync_to_disk(folder.parent)
+        replace_folder(part, folder)
     barrier(distributed)
 
 # %% ../../nbs/4_diffusion/48_finetune.ipynb #7cede33c

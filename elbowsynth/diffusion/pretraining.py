@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PATIENT_SEEDS', 'EMA_DECAY', 'LR_WARMUP_STEPS', 'TRAINING_STEPS', 'CARD_TEMPLATE', 'USAGE', 'SAMPLER_SETTINGS',
            'normal_image', 'normal_images', 'random_box', 'random_ellipse', 'random_mask', 'random_masks', 'vae_loss',
-           'vae_batch', 'make_adamw', 'training_step', 'train_vae', 'encode', 'set_latent_scale', 'scale_latents',
-           'caption_embeddings', 'predict', 'validation_loss', 'resample_masks', 'denoising_loss', 'train_denoiser',
-           'training_images', 'pretrain', 'masked_ssim', 'masked_mae', 'sharpness_ratio', 'nearest_by_context',
-           'inpaint_with', 'held_out_data', 'evaluate', 'bundled_model', 'file_manifest', 'summary_table', 'model_card',
-           'training_logs', 'save_half', 'bundle', 'plot_training_logs', 'main']
+           'vae_batch', 'make_adamw', 'training_step', 'resume', 'train_vae', 'encode', 'set_latent_scale',
+           'scale_latents', 'caption_embeddings', 'predict', 'validation_loss', 'resample_masks', 'denoising_loss',
+           'train_denoiser', 'training_images', 'pretrain', 'masked_ssim', 'masked_mae', 'sharpness_ratio',
+           'nearest_by_context', 'inpaint_with', 'held_out_data', 'evaluate', 'bundled_model', 'file_manifest',
+           'summary_table', 'model_card', 'training_logs', 'save_half', 'bundle', 'plot_training_logs', 'main']
 
 # %% ../../nbs/4_diffusion/52_pretraining.ipynb #92513926
 import argparse, hashlib, json, time
@@ -17,13 +17,15 @@ import cv2, numpy as np, pandas as pd, torch
 from pathlib import Path
 from ..core import atomic_write, parallel_map, progress
 from ..training import (
-    EMA, JsonlLogger, load_checkpoint, lr_factor, read_log, save_checkpoint, to_tensor)
+    claim_training_dir, EMA, JsonlLogger, load_checkpoint, lock_training, lr_factor, print_start,
+    raise_diverged, read_log, restore_checkpoint, save_checkpoint, to_tensor)
 from ..phantom.phantom import phantom, sample_artifacts
 from ..data.annotations import hand_drawn_ellipse
 from ..data.classes import caption, SIDES, VIEWS
 from ..data.preprocess import preprocess
 from ..evaluation.baselines import telea_inpaint, vae_reconstruct
 from .base_models import bundled_models_dir
+from .finetune import plain_tokenizers, replace_folder
 from .latents import downsample_mask, masked_image
 from .objective import masked_mse
 from .sampling import composite
@@ -168,6 +170,20 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad()
 
+def resume(
+    path:Path, # The checkpoint
+    modules:dict, # Name to network; modified in place
+    optimizers:dict, # Name to optimizer, likewise
+    total_steps:int, # Steps in all
+    epochs_per_step:float, # Epochs in a step
+)->int: # Steps done
+    "Restore the last good checkpoint, if there is one, and print where the training begins"
+    done = restore_checkpoint(path) or 0
+    if done: load_checkpoint(path, modules, optimizers)
+    name = f'{path.stem} of {path.parent.name}'
+    if done<total_steps: print_start(name, done, total_steps, done*epochs_per_step)
+    return done
+
 # %% ../../nbs/4_diffusion/52_pretraining.ipynb #af9cfcc2
 EMA_DECAY, LR_WARMUP_STEPS = .999, 100
 
@@ -184,12 +200,13 @@ def train_vae(
     path = out/'vae.safetensors'
     ema, optimizer = EMA({'vae': vae}, EMA_DECAY, ramp=True), make_adamw(vae, lr)
     modules, optimizers = {'vae': vae, 'ema': ema}, {'opt': optimizer}
-    done = load_checkpoint(path, modules, optimizers)['step'] if path.exists() else 0
+    done = resume(path, modules, optimizers, total_steps, batch_size/len(images))
     log = JsonlLogger(out/'vae.jsonl', done)
     for step in progress(range(done, total_steps), f'Autoencoder of {out.name}'):
         x = vae_batch(images, batch_size, step, crop_quarter=step<total_steps*4//5)
         torch.manual_seed(step)
         loss = vae_loss(vae, x)
+        if not loss.isfinite(): raise_diverged(path, step+1, f'loss is {loss.item()}')
         factor = lr_factor(step, total_steps, 'trapezoid', LR_WARMUP_STEPS)
         training_step(vae, optimizer, loss, lr*factor)
         ema.update(step)
@@ -376,7 +393,7 @@ def train_denoiser(
     prompt_embeds, path = caption_embeddings(pipe), out/'denoiser.safetensors'
     ema, optimizer = EMA({'denoiser': denoiser}, EMA_DECAY, ramp=True), make_adamw(denoiser, lr)
     modules, optimizers = {'denoiser': denoiser, 'ema': ema}, {'opt': optimizer}
-    done = load_checkpoint(path, modules, optimizers)['step'] if path.exists() else 0
+    done = resume(path, modules, optimizers, total_steps, batch_size/len(images))
     log = JsonlLogger(out/'denoiser.jsonl', done)
     latents = scale_latents(pipe.vae, encode(pipe.vae, images))
     n_masked, masked_data = batch_size*resample_every//4, None
@@ -384,6 +401,7 @@ def train_denoiser(
         if masked_data is None or step%resample_every==0:
             masked_data = resample_masks(pipe, images, step//resample_every, n_masked)
         loss = denoising_loss(pipe, denoiser, latents, masked_data, prompt_embeds, step, batch_size)
+        if not loss.isfinite(): raise_diverged(path, step+1, f'loss is {loss.item()}')
         factor = lr_factor(step, total_steps, 'trapezoid', LR_WARMUP_STEPS)
         training_step(denoiser, optimizer, loss, lr*factor)
         ema.update(step)
@@ -402,17 +420,32 @@ def train_denoiser(
     return done
 
 # %% ../../nbs/4_diffusion/52_pretraining.ipynb #7d5b7e79
+def _cached_images(path, n, size):
+    "The first images of a cache file; None if it is missing, damaged, too short or of another size"
+    if not path.exists(): return None
+    try: images = np.load(path)
+    except (ValueError, EOFError) as e:
+        print(f'{path.name} is damaged ({e}) in {path.parent}: it is made anew')
+        return None
+    if len(images)>=n and images.shape[1:]==(size, size): return images[:n]
+    print(f'{path.name} has {len(images)} images of {images.shape[1]} pixels, expected {n} of '
+          f'{size}: it is made anew')
+
 def training_images(
     out:Path, # Folder in which they are cached
     n_images:int, # Training images
     size:int, # Image size, pixels
 )->tuple[np.ndarray,np.ndarray]: # Training and validation images
     "Simulated images, made once and read from `train.npy` and `validation.npy` later"
-    for subset,n in (('train', n_images), ('validation', 64)):
-        if (out/f'{subset}.npy').exists(): continue
-        images = normal_images(min(n, n_images), subset, size)
-        with atomic_write(out/f'{subset}.npy') as part, part.open('wb') as f: np.save(f, images)
-    return np.load(out/'train.npy')[:n_images], np.load(out/'validation.npy')[:n_images]
+    both = []
+    for subset,n in (('train', n_images), ('validation', min(64, n_images))):
+        path = out/f'{subset}.npy'
+        images = _cached_images(path, n, size)
+        if images is None:
+            images = normal_images(n, subset, size)
+            with atomic_write(path) as part, part.open('wb') as f: np.save(f, images)
+        both.append(images)
+    return tuple(both)
 
 # Steps of autoencoder and denoiser for the models in the package
 TRAINING_STEPS = {'tiny-sdxl': (2500, 4400), 'tiny-flux': (2000, 6400)}
@@ -429,19 +462,27 @@ def pretrain(
 )->Path: # Folder of the saved pipeline
     "Train a small base model, resuming from checkpoints"
     deadline, out = time.monotonic()+60*(max_minutes or 1e9), Path(out)
-    vae_steps = vae_steps or TRAINING_STEPS[name][0]
-    denoiser_steps = denoiser_steps or TRAINING_STEPS[name][1]
-    (out/name).mkdir(parents=True, exist_ok=True)
+    steps = [given or default for given,default in zip((vae_steps, denoiser_steps),
+                                                       TRAINING_STEPS[name])]
     images, validation_images = training_images(out, n_images, size)
+    with lock_training(out/name):
+        reason = claim_training_dir(out/name, {'base_model': name, 'n_images': n_images,
+                                               'size': size})
+        if reason: print(f'{name} is trained from the start: {reason}')
+        return _pretrain(name, out/name, images, validation_images, *steps, deadline)
+
+def _pretrain(name, out, images, validation_images, vae_steps, denoiser_steps, deadline):
+    "`pretrain` in a folder that is locked"
     pipe = BUILDERS[name]()
     for encoder in (pipe.text_encoder, pipe.text_encoder_2): encoder.requires_grad_(False)
-    done = train_vae(pipe.vae, images, out/name, vae_steps, deadline)
+    done = train_vae(pipe.vae, images, out, vae_steps, deadline)
     pipe.vae.requires_grad_(False).eval()
     set_latent_scale(pipe.vae, images[:512])
     if done==vae_steps:
-        train_denoiser(pipe, images, validation_images, out/name, denoiser_steps, deadline)
-    pipe.save_pretrained(out/name/'model')
-    return out/name/'model'
+        train_denoiser(pipe, images, validation_images, out, denoiser_steps, deadline)
+    with plain_tokenizers(pipe): pipe.save_pretrained(out/'.model')
+    replace_folder(out/'.model', out/'model')
+    return out/'model'
 
 # %% ../../nbs/4_diffusion/52_pretraining.ipynb #e4e7181b
 def masked_ssim(
