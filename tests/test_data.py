@@ -247,7 +247,7 @@ VALID_TABLES = {                                                    # text, expe
     'quoted cells': (csv_text('"a.png","P1","AP","L","normal"', PLAIN[1]), TABLE),
     'a delimiter in quotes': (csv_text('a.png,"P, 1",AP,L,normal'), [('a.png', 'P, 1', 'AP', 'L', 'normal')]),
     'a doubled quotation mark': (csv_text('a.png,"P""1",AP,L,normal'), [('a.png', 'P"1', 'AP', 'L', 'normal')]),
-    'a mark for inches': (csv_text(*[f'{r},12" film' for r in PLAIN], header=f'{NAMES},note'), TABLE),
+    'a mark for inches': (csv_text(*[f'{r},12" plate' for r in PLAIN], header=f'{NAMES},note'), TABLE),
     'a line break in a note': (
         csv_text(f'{PLAIN[0]},"one\ntwo"', f'{PLAIN[1]},x', header=f'{NAMES},note'), TABLE),
     'spaces around values': (csv_text(' a.png , P1,AP ,\xa0L,normal\u3000', PLAIN[1]), TABLE),

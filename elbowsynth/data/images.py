@@ -53,6 +53,7 @@ def _decode_with_pillow(image):
     rgba = np.asarray(image.convert('RGBA'))
     return rgba[..., 0] if image.mode in ('1', 'L', 'LA') else rgba[..., :3], rgba[..., 3]
 
+# %% ../../nbs/2_data/21_images.ipynb #ac850c17
 # EXIF orientation to whether the rows are mirrored, and quarter turns to the left after that
 EXIF_TURNS = {2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3),
               8: (False, 1)}
@@ -66,6 +67,7 @@ def _decode_with_opencv(raw, orientation):
     alpha = pixels[..., 3] if pixels.shape[2]==4 else None
     return np.ascontiguousarray(pixels[..., 2::-1]), alpha
 
+# %% ../../nbs/2_data/21_images.ipynb #1a5085db
 def decode_layers(
     raw:bytes, # The whole file
 )->tuple: # (h, w) or (h, w, 3) in RGB order; transparency, (h, w) of the same type, or None
@@ -157,6 +159,7 @@ def _listing(folder, listings):
         listings[folder] = {unicodedata.normalize('NFC', name): name for name in names}
     return listings[folder]
 
+# %% ../../nbs/2_data/21_images.ipynb #2bef106b
 def resolve_inside(
     folder:Path, # The folder of the table
     name:str, # A path relative to it, as a table gives it

@@ -47,6 +47,7 @@ def error_kind(
     "A message without what is particular to a row"
     return re.split(r"[:;(',]|\b\d| as ", error)[0].strip()
 
+# %% ../../nbs/2_data/22_labels.ipynb #87a3149d
 def error_report(
     title:str, # What has errors; the number is added
     errors:list[tuple], # (line, name, error) for each
@@ -148,6 +149,7 @@ def _parse_csv(path, text):
                           'fix: close the quotation mark, or double it if it is text') from None
     return rows, delimiter
 
+# %% ../../nbs/2_data/22_labels.ipynb #3d0000d6
 def _shape_errors(rows, delimiter):
     "Rows with too few or too many cells, and cells that have swallowed other rows"
     n, errors = len(rows[0][1]), []
@@ -160,6 +162,15 @@ def _shape_errors(rows, delimiter):
                           'closed only in a later row')
     return errors
 
+def _with_unique_columns(path, table):
+    "The columns that have a name; raises `LabelsError` if two have the same"
+    table = table.loc[:, table.columns!='']
+    duplicates = list(dict.fromkeys(table.columns[table.columns.duplicated()]))
+    if not duplicates: return table
+    raise LabelsError(f'{path}: duplicate columns {", ".join(duplicates)}; '
+                      'fix: remove or rename one of each')
+
+# %% ../../nbs/2_data/22_labels.ipynb #4a172032
 def read_table(
     path:Path, # A CSV file
 )->pd.DataFrame: # Stripped text in all cells, indexed by line number of the file
@@ -175,14 +186,6 @@ def read_table(
     cells = [[unescape_cell(cell) for cell in row[:len(names)]] for _,row in rows[1:]]
     table = pd.DataFrame(cells, columns=names, index=[line for line,_ in rows[1:]])
     return _with_unique_columns(path, table)
-
-def _with_unique_columns(path, table):
-    "The columns that have a name; raises `LabelsError` if two have the same"
-    table = table.loc[:, table.columns!='']
-    duplicates = list(dict.fromkeys(table.columns[table.columns.duplicated()]))
-    if not duplicates: return table
-    raise LabelsError(f'{path}: duplicate columns {", ".join(duplicates)}; '
-                      'fix: remove or rename one of each')
 
 # %% ../../nbs/2_data/22_labels.ipynb #ddaa0f75
 def cell_to_text(
@@ -230,6 +233,7 @@ def _labels_path(folder):
         raise LabelsError(f'{folder/found[0]} is a folder; expected a file')
     return folder/found[0]
 
+# %% ../../nbs/2_data/22_labels.ipynb #37d76ba6
 def _names_in_folder(folder, names):
     "Each name as the folder has it: with slashes, without `.` and `..`; as written if absent"
     listings, found = {}, {}
@@ -315,11 +319,12 @@ def _value_errors(row):
         errors.append(f'age is not in years, from 0 to 120: {row.age[:20]!r}')
     return errors
 
-def _file_errors(row, folder, listings):
+# %% ../../nbs/2_data/22_labels.ipynb #ee663cd9
+def _file_errors(row, absent):
     "Errors in the names of the files of a row"
     errors = []
     for name in (row.file, row.mask):
-        if name and not resolve_inside(folder, name, listings):
+        if name in absent:
             shown = name if len(name)<=200 else f'{name[:200]}...'
             errors.append(f'no such file in the folder: {shown!r}')
     if row.mask and row.mask==row.file: errors.append('the mask is the image itself')
@@ -335,9 +340,11 @@ def row_errors(
 )->list[tuple]: # (line, file, error) for each
     "Errors of single rows"
     errors, listings = [], {}
+    names = {*table.file, *table['mask']}-{''}
+    absent = {name for name in names if not resolve_inside(folder, name, listings)}
     for line,row in zip(table.index, table.itertuples()):
         file = row.file if len(row.file)<=200 else f'{row.file[:200]}...'
-        found = _value_errors(row)+_file_errors(row, folder, listings)
+        found = _value_errors(row)+_file_errors(row, absent)
         errors += [(line, file, error) for error in found]
     return errors
 
@@ -389,9 +396,9 @@ def duplicate_errors(
     folder:Path, # Folder of the files
 )->list[tuple]: # (line, file, error) for each
     "Files with the same bytes that belong to different patients and to no common group"
-    listings = {}
-    exists = [bool(f) and resolve_inside(folder, f, listings) is not None for f in table.file]
-    images = table[exists].drop_duplicates('file')
+    images, listings = table.drop_duplicates('file'), {}
+    exists = [bool(f) and resolve_inside(folder, f, listings) is not None for f in images.file]
+    images = images[exists]
     fingerprints = [file_fingerprint(Path(folder, f)) for f in images.file]
     is_candidate = pd.Series(fingerprints, index=images.index, dtype=object).duplicated(keep=False)
     candidates = images.file[is_candidate]
@@ -475,6 +482,7 @@ def unlisted_images(
                 unlisted.append(path.relative_to(folder).as_posix())
     return unlisted
 
+# %% ../../nbs/2_data/22_labels.ipynb #eff339ec
 def labels_notes(
     table:pd.DataFrame, # From `normalize_labels`
     folder:Path, # Folder of the files

@@ -108,6 +108,21 @@ def _class_counts_by_group(pairs, group_index, n_groups):
     return np.hstack([by_class, .1*by_class.sum(1, keepdims=True), .05*by_class_and_view])
 
 # %% ../../nbs/2_data/32_split.ipynb #ed877f7a
+def _choose_numbers(group_types, n_per_type, target, test_fraction, rng, seed):
+    "How many groups of each type are in the test set: all selections, or several searches"
+    starts = [rng.binomial(n_per_type, test_fraction) for _ in range(4)]
+    is_small = n_selections(n_per_type)<=MAX_SELECTIONS
+    if not is_small and n_per_type.sum()<=200:
+        more = np.random.default_rng([seed, 1])
+        starts += [more.binomial(n_per_type, test_fraction) for _ in range(36)]
+    results = [local_search(group_types, n_per_type, target, start) for start in starts]
+    distance, n_test_per_type = min(results, key=lambda result: result[0])
+    if is_small:
+        best_distance, best = best_selection(group_types, n_per_type, target)
+        if best_distance<distance-1e-9: return best                 # a tie is left to the seed
+    return n_test_per_type
+
+# %% ../../nbs/2_data/32_split.ipynb #529aab7b
 def stratified_group_split(
     pairs:pd.DataFrame, # `patient` and `pathology` of each pair; `group`, `image`, `view` if known
     test_fraction:float=.3, # Fraction of each class's pairs to hold out (Section 3.1)
@@ -130,15 +145,7 @@ def stratified_group_split(
     type_index = type_index.ravel()
     rng = np.random.default_rng(seed)
     target = test_fraction*counts.sum(0)
-    starts = [rng.binomial(n_per_type, test_fraction) for _ in range(4)]
-    if n_selections(n_per_type)>MAX_SELECTIONS and n_groups<=200:
-        more = np.random.default_rng([seed, 1])
-        starts += [more.binomial(n_per_type, test_fraction) for _ in range(36)]
-    results = [local_search(group_types, n_per_type, target, start) for start in starts]
-    distance, n_test_per_type = min(results, key=lambda result: result[0])
-    if n_selections(n_per_type)<=MAX_SELECTIONS:
-        best_distance, best = best_selection(group_types, n_per_type, target)
-        if best_distance<distance-1e-9: n_test_per_type = best      # a tie is left to the seed
+    n_test_per_type = _choose_numbers(group_types, n_per_type, target, test_fraction, rng, seed)
 
     # Within each type, the test groups are drawn at random.
     order = np.lexsort((rng.random(n_groups), type_index))
