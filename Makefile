@@ -8,10 +8,14 @@ FROM :=
 TO :=
 OPTIONS :=
 BENCH := gans metrics stats diffusion phantom preprocess
+ONLY :=
 IN := .venv/bin/
 STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)'
 
-.PHONY: help study inpaint import test fuzz bench lab site readme prepare lock install clean
+# Compiled modules are kept, also where a container forbids it: without them each process compiles torch and diffusers anew
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help study inpaint import test fuzz mutants bench lab site readme prepare lock install clean
 .DEFAULT_GOAL := help
 
 help: ## List the commands
@@ -37,6 +41,9 @@ test: install ## Run the tests; ALL=1 includes those that take minutes
 
 fuzz: install ## Run the property tests with new random examples
 	@ELBOWSYNTH_ALL="$(ALL)" ELBOWSYNTH_HYPOTHESIS=new $(IN)python -m pytest tests -m hypothesis
+
+mutants: install ## Plant bugs in a copy of the library and see that tests fail, about ten minutes (ONLY="words")
+	@$(IN)python tests/mutants/run.py $(ONLY)
 
 bench: install ## Run benchmarks against reference implementations into bench/results, about an hour (BENCH="gans metrics")
 	@for b in $(BENCH); do $(IN)python bench/$$b.py || exit; done
