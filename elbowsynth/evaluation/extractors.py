@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EXTRACTORS', 'TORCHVISION_WEIGHTS', 'as_image_batch', 'extractor_name', 'state_dict', 'resnet50_weights',
            'radimagenet_weights', 'load_weights', 'build_resnet50', 'build_densenet121', 'load_extractor', 'features',
-           'cached_features']
+           'save_arrays', 'load_arrays', 'cached_features']
 
 # %% ../../nbs/5_evaluation/60_extractors.ipynb #4189b01f
-import functools, hashlib, re
+import functools, hashlib, re, struct, zipfile, zlib
 import numpy as np, torch, torch.nn.functional as F
 from pathlib import Path
 from ..core import atomic_write
@@ -231,6 +231,31 @@ def features(
             vectors.append(model(x).float().cpu())
         return torch.cat(vectors).numpy()
 
+# %% ../../nbs/5_evaluation/60_extractors.ipynb #b819e8b9
+def save_arrays(
+    path:Path, # File to write, `.npz`
+    **arrays, # Name to array
+):
+    "Write arrays with their checksums"
+    with atomic_write(path) as part, open(part, 'wb') as f: np.savez(f, **arrays)
+
+def load_arrays(
+    path:Path, # File that `save_arrays` wrote
+)->dict|None: # Name to array; None if the file is missing or damaged
+    "Read arrays and verify their checksums; of a damaged file only a sentence is left"
+    path = Path(path)
+    if not path.is_file(): return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged: raise ValueError(f'the checksum of {damaged} differs')
+        with np.load(path, allow_pickle=False) as arrays: return dict(arrays)
+    except PermissionError: raise
+    except (zipfile.BadZipFile, zlib.error, struct.error, ValueError, EOFError, OSError, KeyError,
+            RuntimeError, MemoryError) as e:
+        print(f'{path.parent.name}/{path.name} is damaged ({e}); it is made anew')
+        return None
+
 # %% ../../nbs/5_evaluation/60_extractors.ipynb #557eadfa
 def cached_features(
     images:np.ndarray, # (n, h, w), uint8
@@ -246,11 +271,13 @@ def cached_features(
     for image in images:
         content = f'{name}|{image.shape}|224 bilinear|'.encode()
         content += np.ascontiguousarray(image).tobytes()
-        paths.append(cache_dir/f'{hashlib.sha256(content).hexdigest()[:32]}.npy')
-    missing = {path: i for i,path in enumerate(paths) if not path.exists()}
+        paths.append(cache_dir/f'{hashlib.sha256(content).hexdigest()[:32]}.npz')
+    cached = {path: load_arrays(path) for path in dict.fromkeys(paths)}
+    vectors = {path: arrays['vector'] for path,arrays in cached.items() if arrays}
+    missing = [path for path in cached if path not in vectors]
     if missing:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        new_images = torch.as_tensor(images[list(missing.values())])/255
+        new_images = torch.as_tensor(images[[paths.index(path) for path in missing]])/255
         for path,vector in zip(missing, features(new_images, extractor, device)):
-            with atomic_write(path) as part, open(part, 'wb') as f: np.save(f, vector)
-    return np.stack([np.load(path, allow_pickle=False) for path in paths])
+            save_arrays(path, vector=vector)
+            vectors[path] = vector
+    return np.stack([vectors[path] for path in paths])
