@@ -1,16 +1,18 @@
 """Comparison with piq, torchmetrics, scikit-image and scikit-learn on hard inputs, and how the stage `metrics` handles changes and interruptions."""
-import importlib, json, os, shutil, subprocess, sys, textwrap
+import csv, importlib, itertools, json, os, re, shutil, signal, sys
 import cv2, numpy as np, pandas as pd, piq, pytest, torch
 import torchmetrics.functional.image as tm
 from conftest import sh
+from scipy.ndimage import correlate1d
 from scipy.spatial.distance import cdist
 from skimage.metrics import structural_similarity
 from sklearn.metrics.pairwise import pairwise_distances, polynomial_kernel, rbf_kernel
 from elbowsynth.data.images import write_png
 from elbowsynth.evaluation import extractors, metrics
 from elbowsynth.evaluation.baselines import load_autoencoders, region_masks, vae_reconstruct
-from elbowsynth.evaluation.extractors import cached_features, features, state_dict
-from elbowsynth.evaluation.metrics import score_run
+from elbowsynth.evaluation.extractors import cached_features, features, load_arrays, save_arrays, state_dict
+from elbowsynth.evaluation.metrics import (
+    baseline_comparison, best_checkpoints, checkpoint_selection, final_checkpoints, score_run, selected_epoch)
 from elbowsynth.evaluation.mmd import (
     gaussian_kernel, kernel_sums, kid, median_distance, mmd2, MMD_CONVENTIONS, prdc, set_metrics, sq_dists, vendi)
 from elbowsynth.evaluation.run_statistics import run_statistics
@@ -67,8 +69,8 @@ LIBRARIES_MS = {
     'torchmetrics': lambda x,y: tm.multiscale_structural_similarity_index_measure(
         x, y, data_range=1., reduction='none')}
 
-@pytest.mark.parametrize('h,w', [(64, 64), (97, 131), (400, 391)])
-@pytest.mark.parametrize('convention', LIBRARIES)
+# Only piq pools, and only from 384 pixels; the others are slow at that size
+@pytest.mark.parametrize('convention,h,w', [*itertools.product(LIBRARIES, (64, 97), (64, 131)), ('piq', 400, 391)])
 def test_ssim_equals_its_library(convention, h, w):
     x,y = hard_stacks(h, w, float)
     expected = np.asarray(LIBRARIES[convention](*as_tensors(x, y)))
@@ -122,6 +124,49 @@ def test_ssim_in_a_box_equals_ssim_of_the_crop():
     mask[:, 30:80, 40:100] = 1
     crop = ssim(x[:, 25:85, 35:105], y[:, 25:85, 35:105], convention='piq_full')[0]
     assert abs(ssim(x, y, mask, 'piq_full')[0]-crop)<1e-9
+
+def mean_over_squares(image, factor):
+    h, w = image.shape[0]//factor, image.shape[1]//factor
+    return image[:h*factor, :w*factor].reshape(h, factor, w, factor).mean((1, 3))
+
+def ssim_map_by_scipy(x, y):
+    "SSIM at each window inside the image, from Wang et al. (2004), Eq. 13"
+    weights = np.exp(-np.arange(-5, 6)**2/(2*1.5**2))
+    weights /= weights.sum()
+    def mean(image):
+        filtered = correlate1d(correlate1d(image, weights, 0), weights, 1)
+        return filtered[5:-5, 5:-5]
+    mean_x, mean_y = mean(x), mean(y)
+    covariance = mean(x*y)-mean_x*mean_y
+    variances = mean(x*x)-mean_x**2+mean(y*y)-mean_y**2
+    luminance = (2*mean_x*mean_y+1e-4)/(mean_x**2+mean_y**2+1e-4)
+    return luminance*(2*covariance+9e-4)/(variances+9e-4)
+
+# Shorter side to the side of the squares: max(1, round(side/256)), halves to the even number
+POOLING = {255: 1, 256: 1, 383: 1, 384: 2, 385: 2, 448: 2, 511: 2, 512: 2, 640: 2, 641: 3}
+
+@pytest.mark.parametrize('side', POOLING)
+@pytest.mark.parametrize('on_gpu', [False, True])
+def test_pooling_of_ssim_by_hand(side, on_gpu, monkeypatch):
+    "Every entrance that pools, against averages over squares and scipy's filter; the longer side does not count"
+    if on_gpu: monkeypatch.setattr(importlib.import_module('elbowsynth.evaluation.ssim'), 'map_pairs', map_stacks)
+    rng = np.random.default_rng(side)
+    x = rng.random((side, side+130))
+    y, mask = .6*x+.4*rng.random(x.shape), np.zeros(x.shape)
+    mask[side//3:, :side//2] = 1
+    factor = POOLING[side]
+    pooled = ssim_map_by_scipy(mean_over_squares(x, factor), mean_over_squares(y, factor))
+    weights = mean_over_squares(mask, factor)[5:-5, 5:-5]
+    full = ssim_map_by_scipy(x, y).mean()
+    for transpose in False, True:
+        a, b, m = ((o.T if transpose else o)[None].copy() for o in (x, y, mask))
+        assert ssim(a, b)[0]==pytest.approx(pooled.mean(), abs=1e-9)
+        assert ssim(a, b, m)[0]==pytest.approx((pooled*weights).sum()/weights.sum(), abs=1e-9)
+        scores = pair_scores(a, b).iloc[0]
+        assert scores.ssim==pytest.approx(pooled.mean(), abs=1e-9)
+        assert scores.ssim_full==pytest.approx(full, abs=1e-9)
+        for convention in 'piq_full', 'wang':
+            assert ssim(a, b, convention=convention)[0]==pytest.approx(full, abs=1e-9)
 
 def map_stacks(f, stacks, device='cpu', batch=4):
     "The branch of `map_pairs` for a GPU, with the stacks on the CPU"
@@ -350,12 +395,45 @@ def test_features_are_cached_by_content(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 40), np.uint8)
     first = cached_features(images, EXTRACTOR, tmp_path)
     paths = sorted(tmp_path.iterdir())
-    np.save(paths[0], np.zeros(1280, np.float32))                   # cached files are not verified
+    times = [path.stat().st_mtime_ns for path in paths]
     again = cached_features(images, EXTRACTOR, tmp_path)
-    assert (again==0).all(1).sum()==1
+    assert (again==first).all() and times==[path.stat().st_mtime_ns for path in paths]
     assert len(set(tmp_path.iterdir()))==2
     cached_features(images[:, :39], EXTRACTOR, tmp_path)
     assert len(set(tmp_path.iterdir()))==4 and first.shape==(2, 1280)
+
+def damaged_versions(content):
+    "A file cut at some places, emptied, overwritten, and with one bit changed at every few bytes"
+    yield from (b'', b'x', content[:len(content)//2], content[:-1], content[1:])
+    for i in range(0, len(content), max(1, len(content)//150)):
+        changed = bytearray(content)
+        changed[i] ^= 1<<i%8
+        yield bytes(changed)
+
+def test_a_damaged_file_of_arrays_is_never_trusted(tmp_path, capsys):
+    path, values = tmp_path/'x.npz', np.random.default_rng(0).normal(size=40)
+    save_arrays(path, vector=values, key=np.array('abc'))
+    content, n_damaged = path.read_bytes(), 0
+    for damaged in damaged_versions(content):
+        path.write_bytes(damaged)
+        arrays = load_arrays(path)
+        if arrays is None: n_damaged += 1
+        else: assert (arrays['vector']==values).all() and str(arrays['key'])=='abc'  # a time, or the like
+    said = capsys.readouterr().out.splitlines()
+    assert len(said)==n_damaged>100 and all('x.npz is damaged' in line and 'made anew' in line for line in said)
+
+def test_damaged_features_are_computed_again(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 40), np.uint8)
+    first = cached_features(images, EXTRACTOR, tmp_path)
+    for damage in (b'', None):
+        path = sorted(tmp_path.iterdir())[0]
+        content = bytearray(path.read_bytes())
+        content[len(content)//2] ^= 64                                  # in the middle of the vector
+        path.write_bytes(content if damage is None else damage)
+        assert np.allclose(cached_features(images, EXTRACTOR, tmp_path), first, atol=1e-4)
+        assert f'{path.name} is damaged' in capsys.readouterr().out
+        cached_features(images, EXTRACTOR, tmp_path)
+        assert capsys.readouterr().out==''
 
 def small_autoencoder():
     from diffusers import AutoencoderKL
@@ -390,7 +468,7 @@ def test_autoencoder_of_a_downloaded_base_model_is_found_by_name(tmp_path):
 
 # --- The stage `metrics`
 
-def write_run(folder, n=20, size=176):
+def write_run(folder, n=20, size=176, prefix='f'):
     "A run with one GAN and one inpainting model, n test and n training images"
     rng = np.random.default_rng(0)
     def smooth_image():
@@ -400,11 +478,11 @@ def write_run(folder, n=20, size=176):
     mask[60:120, 50:130] = 255
     rows = []
     for i in range(2*n):
-        name, image = f'f{i}__normal', smooth_image()
+        name, image = f'{prefix}{i}__normal', smooth_image()
         rows.append({
-            'pair': name, 'image': f'f{i}', 'patient': f'p{i//2}', 'view': ('AP', 'LAT')[i%2],
+            'pair': name, 'image': f'{prefix}{i}', 'patient': f'p{i//2}', 'view': ('AP', 'LAT')[i%2],
             'pathology': 'normal', 'split': 'test' if i<n else 'train'})
-        write_png(folder/'images'/f'f{i}.png', image)
+        write_png(folder/'images'/f'{prefix}{i}.png', image)
         if i>=n: continue
         write_png(folder/'masks'/f'{name}.png', mask)
         write_png(folder/'gan'/'samples'/'0010'/f'{name}.png', smooth_image()[::4, ::4].copy())
@@ -433,7 +511,7 @@ def run(tmp_path_factory):
 def test_every_table_has_its_metadata(run):
     tables = {p.stem: pd.read_csv(p) for p in (run/'metrics').glob('*.csv')}
     assert set(tables)=={
-        'scores', 'summary', 'best_checkpoints', 'checkpoint_selection', 'baselines',
+        'scores', 'summary', 'best_checkpoints', 'baseline_comparison', 'checkpoint_selection', 'baselines',
         'mask_regions', 'set_metrics', 'subgroups', 'upsampling', 'confidence_intervals',
         'significance_tests', 'trends', 'mmd_intervals', 'fidelity_diversity'}
     tables |= {p.name: pd.read_csv(p) for p in (run/'metrics'/'epochs').glob('*.csv')}
@@ -471,8 +549,8 @@ def test_baselines_and_set_metrics(run):
     baselines = read_table(run, 'baselines').set_index('baseline')
     sets = read_table(run, 'set_metrics')
     assert baselines.task.to_dict()=={
-        'noise': 'full image', 'other_real': 'full image', 'noise_mask': 'inpainting',
-        'mean_fill': 'inpainting', 'telea': 'inpainting'}
+        'noise': 'full image', 'flat_gray': 'full image', 'mean_image': 'full image', 'other_real': 'full image',
+        'noise_mask': 'inpainting', 'mean_fill': 'inpainting', 'telea': 'inpainting'}
     assert baselines.mmd2['other_real']<baselines.mmd2['noise']
     assert baselines.ssim['telea']>baselines.ssim['noise_mask']
     assert set(sets.metric)=={
@@ -518,6 +596,98 @@ def test_new_validation_images_do_not_change_other_checkpoints(run, tmp_path):
     score(folder, ['gan', 'late'])
     changed = {n.split('.')[0] for n,t in modification_times(folder).items() if before.get(n)!=t}
     assert changed=={'late_validation_0010', 'real_validation'}
+
+def test_baselines_that_learn_nothing_by_hand(run):
+    "Flat gray and the mean of the training images, scored by piq from the files of the run"
+    def read(i): return cv2.imread(str(run/'images'/f'f{i}.png'), 0).astype(float)
+    test_images = torch.tensor(np.stack([read(i) for i in range(20)]))[:, None]/255
+    mean = np.round(np.mean([read(i) for i in range(20, 40)], 0))
+    table = read_table(run, 'baselines').set_index('baseline')
+    for name, image in (('flat_gray', np.full((176, 176), 127.)), ('mean_image', mean)):
+        repeated = torch.tensor(image/255)[None, None].repeat(20, 1, 1, 1)
+        assert table.ssim[name]==pytest.approx(float(piq.ssim(test_images, repeated)), abs=1e-4)
+        assert table.mae[name]==pytest.approx(float((test_images-repeated).abs().mean()), abs=1e-5)
+        assert table.ssim[name]>10*table.ssim['noise']                  # why noise is no sufficient baseline
+    beside = read_table(run, 'baseline_comparison')
+    assert set(beside.baseline[beside.model=='gan'])=={'noise', 'flat_gray', 'mean_image'}
+    assert set(beside.baseline[beside.model=='flux'])=={'noise_mask', 'mean_fill', 'telea'}
+    for o in beside.itertuples():
+        assert o.baseline_score==pytest.approx(table.loc[o.baseline, o.metric], rel=1e-4, abs=1e-6)
+        lower_is_better = o.metric.startswith('mmd')
+        assert o.baseline_is_better==(o.baseline_score<o.score if lower_is_better else o.baseline_score>o.score)
+
+def test_the_untrained_model_is_never_the_best_checkpoint():
+    "Epoch 0 has the best score by every metric, on the test and on the validation images"
+    columns = ['model', 'source', 'epoch', 'n_pairs', 'ssim', 'ms_ssim', 'mmd2', 'mmd2_paper_unit_sigma10']
+    rows = [('gan', source, epoch, 9, 1-epoch/100, 1-epoch/100, epoch/100, epoch/100)
+            for source in ('samples', 'validation') for epoch in (0, 10, 20)]
+    rows.append(('untrained', 'samples', 0, 9, .9, .9, .01, .01))
+    summary = pd.DataFrame(rows, columns=columns)
+    noise = summary[['model', 'epoch']].drop_duplicates().assign(ssim=.1, ms_ssim=.1, mmd2=1., mmd2_paper_unit_sigma10=1.)
+    best = best_checkpoints(summary, noise, [])
+    assert set(best.model)=={'gan'} and set(best.epoch)=={10}
+    selection = checkpoint_selection(summary)
+    assert set(selection.model)=={'gan'}
+    assert selection[['best_epoch', 'selected_epoch', 'last_epoch']].drop_duplicates().values.tolist()==[[10, 10, 20]]
+    assert selected_epoch(summary, 'gan')==10 and selected_epoch(summary, 'untrained') is None
+    ends = final_checkpoints(summary).set_index(['model', 'epoch']).checkpoint
+    assert ends.to_dict()=={('gan', 10): 'selected', ('gan', 20): 'last', ('untrained', 0): 'untrained'}
+    gray = best[['model', 'epoch']].drop_duplicates().assign(baseline='flat_gray', ssim=.95, ms_ssim=.2, mmd2=.05, mmd2_paper_unit_sigma10=.5)
+    beside = baseline_comparison(best, gray, summary).set_index(['metric', 'baseline'])
+    assert beside.baseline_is_better['ssim', 'flat_gray'] and beside.baseline_is_better['mmd2', 'flat_gray']
+    assert not beside.baseline_is_better['ms_ssim', 'flat_gray']
+    assert beside.xs('untrained', level='baseline').baseline_is_better.all()
+
+def test_damaged_scores_are_made_anew(tmp_path, monkeypatch, capsys):
+    "Every kind of file that the stage reads again: the tables are as before, and a sentence names the file"
+    for module in metrics, extractors: monkeypatch.setattr(module, 'features', mean_gray_features)
+    folder = write_run(tmp_path/'run', n=3)
+    for _ in range(2): score(folder)
+    assert 'damaged' not in capsys.readouterr().out
+    before = {p.name: p.read_bytes() for p in (folder/'metrics').glob('*.csv')}
+    epochs = folder/'metrics'/'epochs'
+    one_bit = lambda content: content[:-20]+bytes([content[-20]^1])+content[-19:]
+    damages = [(epochs/'gan_samples_0010.csv', one_bit), (epochs/'flux_raw_0010.npy', one_bit),
+               (epochs/'telea.set_metrics.csv', one_bit), (epochs/'noise.json', lambda c: c.replace(b'"ssim": 0.', b'"ssim": 0.9')),
+               (epochs/'flat_gray.json', lambda c: c[:40]), (epochs/'real_test.npz', lambda c: c[:900]),
+               (folder/'metrics'/'upsampling.csv', one_bit), (folder/'metrics'/'features', None)]
+    for path, damage in damages:
+        if damage is None: path = sorted(path.iterdir())[0]
+        content = path.read_bytes()
+        path.write_bytes(content[:50] if damage is None else damage(content))
+        assert path.read_bytes()!=content
+    (folder/'metrics'/'upsampling.json').write_text('{"models"')
+    score(folder)
+    said = capsys.readouterr().out
+    names = ['gan_samples_0010', 'flux_raw_0010', 'telea', 'noise', 'flat_gray', 'real_test.npz', 'upsampling.csv']
+    assert [name for name in names if not any(name in line and 'damaged' in line for line in said.splitlines())]==[]
+    after = {p.name: p.read_bytes() for p in (folder/'metrics').glob('*.csv')}
+    assert [name for name in before if before[name]!=after[name]]==[]
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path, monkeypatch):
+    "Images and models may have names that a spreadsheet would run; the scores are as for other names"
+    for module in metrics, extractors: monkeypatch.setattr(module, 'features', mean_gray_features)
+    folder, plain = write_run(tmp_path/'run', n=3, prefix='=1+'), write_run(tmp_path/'plain', n=3)
+    (folder/'gan').rename(folder/'@gan')
+    score(folder, ['@gan', 'flux'], statistics=run_statistics)
+    score(plain, statistics=run_statistics)
+    for path in (folder/'metrics').rglob('*.csv'):
+        with path.open(newline='') as file:
+            for row in csv.reader(file):
+                assert [cell for cell in row if re.match(r'[=@+\t\r]|-(?![\d.])', cell) and cell!='-']==[], path.name
+    assert "'=1+0__normal" in (folder/'metrics'/'scores.csv').read_text()
+    for name in 'summary', 'best_checkpoints':
+        assert np.allclose(read_table(folder, name).select_dtypes('number'), read_table(plain, name).select_dtypes('number'), equal_nan=True)
+
+def test_models_whose_names_contain_dots_keep_their_own_scores(tmp_path, monkeypatch):
+    "`gan.v1` and `gan.v2` were written to one file"
+    for module in metrics, extractors: monkeypatch.setattr(module, 'features', mean_gray_features)
+    folder = write_run(tmp_path/'run', n=3)
+    for i in (1, 2): shutil.copytree(folder/'gan', folder/f'gan.v{i}')
+    for path in (folder/'gan.v2'/'samples'/'0010').glob('*.png'): write_png(path, 255-cv2.imread(str(path), 0))
+    score(folder, ['gan', 'gan.v1', 'gan.v2'])
+    scores = read_table(folder, 'summary').set_index('model').ssim
+    assert scores['gan.v1']==scores['gan']!=scores['gan.v2']
 
 def test_statistics_of_a_run(run):
     kwargs = dict(keep_default_na=False, na_values=[''])
@@ -565,7 +735,8 @@ def test_noise_score_is_of_the_pairs_that_a_model_covers(run, tmp_path):
     score(folder)
     best = read_table(folder, 'best_checkpoints').set_index(['model', 'metric'])
     noise_ssim = read_table(folder, 'epochs/noise').ssim[8:].mean()
-    fx, fy = (np.load(folder/'metrics'/'epochs'/f'{n}.npy')[8:] for n in ('real_test', 'noise'))
+    epochs = folder/'metrics'/'epochs'
+    fx, fy = np.load(epochs/'real_test.npz')['features'][8:], np.load(epochs/'noise.npy')[8:]
     assert best.n_pairs['gan', 'ssim']==12
     assert np.isclose(best.noise_score['gan', 'ssim'], noise_ssim, atol=1e-6)
     noise_mmd = mmd2(fx, fy, 'paper_unit_sigma10')
@@ -573,33 +744,56 @@ def test_noise_score_is_of_the_pairs_that_a_model_covers(run, tmp_path):
     improvement = best.score['gan', 'ssim']/noise_ssim
     assert np.isclose(best.noise_improvement['gan', 'ssim'], improvement, rtol=1e-3)
 
-def test_an_interrupted_run_repeats_one_batch_at_most(run, tmp_path, monkeypatch):
-    folder = tmp_path/'run'
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns('metrics'))
-    code = textwrap.dedent(f'''
-        import os, signal
-        from elbowsynth.evaluation import metrics
-        score_batch, left = metrics.score_batch, [3]
-        def score_three_batches(*args):
-            if not left[0]: os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            score_batch(*args)
+def mean_gray_features(images, *args):
+    "Means of 8 x 8 squares instead of a network's features: an interruption is not about the network"
+    x = torch.as_tensor(np.asarray(images), dtype=torch.float32)[:, None]
+    return torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1).numpy()
+
+def files_of(folder): return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+def killed_after_three_batches(folder):
+    "Score a run in a forked process that kills itself; its exit status"
+    score_batch, left = metrics.score_batch, [3]
+    def score_three_batches(*args):
+        if not left[0]: os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        score_batch(*args)
+    pid = os.fork()
+    if pid: return os.waitpid(pid, 0)[1]
+    try:
         metrics.score_batch = score_three_batches
-        metrics.score_run(
-            {str(folder)!r}, ['gan', 'flux'], size=176, extractor={EXTRACTOR!r}, device='cpu')''')
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode==-9
+        score(folder, statistics=run_statistics)
+    finally: os._exit(0)
+
+def test_an_interrupted_run_repeats_one_batch_at_most(tmp_path, monkeypatch):
+    for module in metrics, extractors: monkeypatch.setattr(module, 'features', mean_gray_features)
+    monkeypatch.setattr(metrics, 'BATCH_SIZE', 3)
+    monkeypatch.setattr(metrics, 'parallel_map', lambda f, items, n=0: map(f, items))  # no threads in a fork
+    monkeypatch.setattr(importlib.import_module('elbowsynth.evaluation.ssim'), 'parallel_map', lambda f, items, n=0: map(f, items))
+    folder, undisturbed = write_run(tmp_path/'run', n=6), tmp_path/'undisturbed'
+    shutil.copytree(folder, undisturbed)
+    score(undisturbed, statistics=run_statistics)
+    status = killed_after_three_batches(folder)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status)==signal.SIGKILL
+    assert len(list((folder/'metrics').rglob('*.npz')))>=1 and not (folder/'metrics'/'metrics.json').exists()
     scored, score_batch = [], metrics.score_batch
     def counted(path, *args):
         scored.append(path)
         score_batch(path, *args)
     monkeypatch.setattr(metrics, 'score_batch', counted)
     score(folder, statistics=run_statistics)
-    # two batches for each of three checkpoints and five baselines, of which three were finished
-    assert len(scored)==2*(3+5)-3
-    for name in ('scores.csv', 'set_metrics.csv', 'confidence_intervals.csv',
-                 'significance_tests.csv', 'mmd_intervals.csv', 'metrics.json'):
-        assert (folder/'metrics'/name).read_text()==(run/'metrics'/name).read_text(), name
-    assert not list((folder/'metrics').rglob('*.parts'))
+    # two batches for each of three checkpoints and seven baselines, of which three were finished
+    assert len(scored)==2*(3+7)-3
+    names = {path.relative_to(folder) for path in folder.rglob('*.parts')}
+    after, expected = files_of(folder/'metrics'), files_of(undisturbed/'metrics')
+    archives = [path for path in expected if path.suffix=='.npz']       # they contain the time
+    for path in archives: assert_same_arrays(folder/'metrics'/path, undisturbed/'metrics'/path)
+    assert set(after)==set(expected) and names==set()
+    assert [path for path in expected if path not in archives and after[path]!=expected[path]]==[]
+
+def assert_same_arrays(path, other):
+    arrays, others = load_arrays(path), load_arrays(other)
+    assert set(arrays)==set(others) and all((arrays[k]==others[k]).all() for k in arrays)
 
 def test_only_new_checkpoints_are_scored(run):
     first = json.loads((run/'metrics'/'metrics.json').read_text())

@@ -17,6 +17,7 @@ from ..training import read_log
 from ..phantom.phantom import phantom
 from ..data.classes import caption, SIDES, VIEWS
 from ..data.images import load_images
+from ..data.labels import escape_cells
 from ..data.preprocess import clahe
 from ..diffusion.latents import InpaintDataset
 from ..diffusion.sdxl import train_sdxl
@@ -163,8 +164,9 @@ def write_csv(
     table:pd.DataFrame,
     float_format:str='%.5g',
 ):
-    "Write a table atomically"
-    with atomic_write(path) as part: table.to_csv(part, index=False, float_format=float_format)
+    "Write a table atomically, without a cell that a spreadsheet runs"
+    with atomic_write(path) as part:
+        escape_cells(table).to_csv(part, index=False, float_format=float_format)
 
 # %% ../../nbs/7_experiments/85_finetuning_effect.ipynb #8289cbba
 def run_finetuning_effect(

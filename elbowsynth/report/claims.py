@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['blocking_conditions', 'verdict', 'monotonicity', 'boost_change', 'checkpoint_variability', 'ordering_holds',
-           'format_scores', 'RunResults', 'gan_claims', 'first_is_best', 'diffusion_claims', 'comparison_claims',
-           'claims', 'claims_text']
+           'format_scores', 'by_name', 'RunResults', 'gan_claims', 'first_is_best', 'diffusion_claims',
+           'comparison_claims', 'claims', 'claims_text']
 
 # %% ../../nbs/6_report/83_claims.ipynb #15ab3dca
 import numpy as np, pandas as pd
 from pathlib import Path
 from ..paper import MODEL_NAMES
 from .run_summary import (
-    format_score, is_simulated, model_names, small_base_models)
+    format_score, is_simulated, model_names, read_stage_file, small_base_models)
 from .tables import as_markdown, read_results
 
 # %% ../../nbs/6_report/83_claims.ipynb #3e9775ad
@@ -90,6 +90,14 @@ def format_scores(
     return ', '.join(f'{name} {format_score(score, metric, "not scored")}'
                      for name, score in scores.items())
 
+def by_name(
+    models:list[str], # Folders of models of the paper
+    statistic, # Function of a model, and of `args`
+    *args,
+)->dict[str,float]: # The model's name in the paper to its value
+    "A statistic of several models"
+    return {MODEL_NAMES[model]: statistic(model, *args) for model in models}
+
 # %% ../../nbs/6_report/83_claims.ipynb #3e7c7deb
 class RunResults:
     "The scores of a run by model and metric"
@@ -100,7 +108,8 @@ class RunResults:
         seeds_path = Path(results)/'figures'/'seeds.csv'
         self.n_seeds = {}
         if seeds_path.is_file():
-            self.n_seeds = pd.read_csv(seeds_path).groupby('model').n_seeds.max().to_dict()
+            seeds = read_stage_file(seeds_path, 'figures')
+            self.n_seeds = seeds.groupby('model').n_seeds.max().to_dict()
 
     def last_main_epoch(self, model):
         "Last epoch before the boosted learning rate; without one, larger than any epoch"
@@ -130,6 +139,25 @@ class RunResults:
               & (t.epoch<=self.last_main_epoch(model))]
         return float(t.sort_values('epoch').ssim_full.iloc[-1]) if len(t) else float('nan')
 
+    def monotonicity(self, model):
+        "Share of steps between trained checkpoints in which SSIM increases"
+        return monotonicity(self.curve(model, trained_only=True).ssim)
+
+    def change_after_best(self, model):
+        "Last SSIM minus the best before it; NaN for fewer than two trained checkpoints"
+        values = self.curve(model, trained_only=True).ssim.tolist()
+        return values[-1]-max(values[:-1]) if len(values)>1 else float('nan')
+
+    def boost_change(self, model):
+        "Change of SSIM during the boosted epochs"
+        checkpoints = self.curve(model, include_boosted=True)
+        return boost_change(checkpoints, 'ssim', self.last_main_epoch(model))
+
+    def variability(self, model):
+        "`checkpoint_variability`; NaN if the scores of the pairs are missing"
+        if 'scores' not in self.tables: return float('nan')
+        return checkpoint_variability(self.tables['scores'], model)
+
     def set_metric_curve(self, model, metric):
         "A metric of the whole set of samples at the checkpoints before the boosted epochs"
         if 'set_metrics' not in self.tables: return []
@@ -152,21 +180,12 @@ def gan_claims(
 )->list[dict]: # Rows as returned by `RunResults.claim_row`
     "The paper's claims about the GANs"
     gans = ['wgan_gp', 'ac_gan', 'tac_gan']
-    ssim = {MODEL_NAMES[m]: results.selected_score(m, 'ssim') for m in gans}
-    mmd = {MODEL_NAMES[m]: results.selected_score(m, 'mmd2') for m in gans}
+    ssim = by_name(gans, results.selected_score, 'ssim')
+    mmd = by_name(gans, results.selected_score, 'mmd2')
     mmd_order = [mmd['AC-GAN'], np.minimum(mmd['WGAN-GP'], mmd['TAC-GAN'])]
-    curves = {m: results.curve(m, trained_only=True).ssim.tolist() for m in gans}
-    wgan_monotonicity = monotonicity(curves['wgan_gp'])
-    change = {}
-    for model in ('ac_gan', 'tac_gan'):
-        values = curves[model]
-        change[MODEL_NAMES[model]] = values[-1]-max(values[:-1]) if len(values)>1 else float('nan')
-    variability = {}
-    for model in ('tac_gan', 'ac_gan'):
-        variability[MODEL_NAMES[model]] = float('nan')
-        if 'scores' in results.tables:
-            scores = results.tables['scores']
-            variability[MODEL_NAMES[model]] = checkpoint_variability(scores, model)
+    wgan_monotonicity = results.monotonicity('wgan_gp')
+    change = by_name(gans[1:], results.change_after_best)
+    variability = by_name(['tac_gan', 'ac_gan'], results.variability)
     return [
         results.claim_row(
             'TAC-GAN above AC-GAN above WGAN-GP', paper_section='Section 5',
@@ -219,15 +238,14 @@ def first_is_best(
 def _similarity_claims(results):
     "Claims that compare the similarity of SDXL and FLUX"
     both = ['sdxl', 'flux']
-    full_ssim = {MODEL_NAMES[m]: results.selected_score(m, 'ssim') for m in both}
-    inside_ssim = {MODEL_NAMES[m]: results.region_ssim(m, 'inside') for m in both}
+    full_ssim = by_name(both, results.selected_score, 'ssim')
+    inside_ssim = by_name(both, results.region_ssim, 'inside')
     has_inside = not any(np.isnan(v) for v in inside_ssim.values())
     ssim = inside_ssim if has_inside else full_ssim
     ssim_text = format_scores(ssim)+(' (inside the mask)' if has_inside else ' (full images)')
-    mmd = {MODEL_NAMES[m]: results.selected_score(m, 'mmd2', 'raw') for m in both}
-    boundary_ssim = {MODEL_NAMES[m]: results.region_ssim(m, 'boundary', 'raw') for m in both}
-    increases = {MODEL_NAMES[m]: monotonicity(results.curve(m, trained_only=True).ssim)
-                 for m in both}
+    mmd = by_name(both, results.selected_score, 'mmd2', 'raw')
+    boundary_ssim = by_name(both, results.region_ssim, 'boundary', 'raw')
+    increases = by_name(both, results.monotonicity)
     return [
         results.claim_row(
             'FLUX above SDXL', paper_section='Sections 1.1, 5',
@@ -257,11 +275,7 @@ def _similarity_claims(results):
 def _training_claims(results):
     "Claims about the course of the trainings of SDXL and FLUX"
     peak_text, peak_is_first = first_is_best(results.curve('sdxl', trained_only=True))
-    boost = {}
-    for model in ('sdxl', 'flux'):
-        checkpoints = results.curve(model, include_boosted=True)
-        last_main_epoch = results.last_main_epoch(model)
-        boost[MODEL_NAMES[model]] = boost_change(checkpoints, 'ssim', last_main_epoch)
+    boost = by_name(['sdxl', 'flux'], results.boost_change)
     diversity = {c: results.set_metric_curve('flux', c) for c in ('recall', 'coverage', 'vendi')}
     changes = [f'{c} from {v[0]:.3f} to {v[-1]:.3f}' for c, v in diversity.items() if v]
     return [

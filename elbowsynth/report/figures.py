@@ -99,13 +99,17 @@ def mark_best(
     ax, # Axes to draw into
     epochs, # Of the checkpoints
     values, # Scores of the checkpoints
-    best_index:int, # Index of the best one
     color, # Of the curve
+    sign:int=1, # -1 if lower is better
 ):
-    "Put a star on the best checkpoint of a curve; the legend lists the star once"
+    "Put a star on the best trained checkpoint of a curve; the legend lists the star once"
+    epochs, values = np.asarray(epochs), np.asarray(values)
+    trained = np.flatnonzero(epochs>0)                              # epoch 0 is a baseline
+    if not len(trained): return
+    best_index = trained[np.argmax(sign*values[trained])]
     label = 'best on the test images'
     if label in ax.get_legend_handles_labels()[1]: label = None
-    x, y = np.asarray(epochs)[best_index], np.asarray(values)[best_index]
+    x, y = epochs[best_index], values[best_index]
     ax.plot(x, y, '*', color=color, ms=11, mec='white', mew=.6, label=label)
 
 # %% ../../nbs/6_report/81_figures.ipynb #f46fe748
@@ -135,7 +139,7 @@ def mmd_panel(
     ax.plot(epochs[positive], values[positive], 's-', color=color, label=METRIC_NAMES['mmd2'])
     if noise and noise>0:
         ax.axhline(noise, ls=DASHES['mmd2'], color=color, lw=1.2, label='MMD² of noise')
-    if positive.all(): mark_best(ax, epochs, values, np.argmin(values), color)
+    if positive.all(): mark_best(ax, epochs, values, color, sign=-1)
     bottom, top = ax.get_ylim()
     bottom = min(bottom, top/12)  # at least a decade: a flat curve looks flat
     ax.set_ylim(bottom, top)
@@ -159,7 +163,7 @@ def similarity_panel(
         ax.plot(checkpoints.epoch, scores, marker, color=color, label=METRIC_NAMES[metric])
         ax.axhline(noise[metric], ls=DASHES[metric], color=color, lw=1.2,
                    label=f'{METRIC_NAMES[metric]} of noise')
-        mark_best(ax, checkpoints.epoch, scores, np.argmax(scores), color)
+        mark_best(ax, checkpoints.epoch, scores, color)
     ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)
 
 # %% ../../nbs/6_report/81_figures.ipynb #201eb494

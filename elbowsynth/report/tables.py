@@ -14,7 +14,7 @@ __all__ = ['GAN_CONFIGS', 'PROFILES', 'MAIN_TABLES', 'ADDITIONAL_TABLES', 'ROW_F
            'run_tables']
 
 # %% ../../nbs/6_report/82_tables.ipynb #a2b647e2
-import json, re, shutil
+import re, shutil
 import pandas as pd, torch
 from pathlib import Path
 from urllib.parse import quote
@@ -29,10 +29,11 @@ from ..gans import ac_gan, tac_gan, wgan_gp
 from ..gans.settings import ACGANConfig, TACGANConfig, WGANGPConfig
 from ..diffusion.settings import FLUX, SDXL, FineTuneConfig, resolve_config
 from ..stages import stages
-from elbowsynth.report.run_summary import (
+from .run_summary import (
     METRIC_NAMES, changed_values, checkpoint_selection_table, code_text, data_source_text,
-    escape_text, format_interval, format_score, interval_table, model_names, read_stage_files,
-    small_base_models, table1)
+    baselines_text, escape_text, format_interval, format_score, interval_table, mask_counts,
+    masks_text, model_names, preprocessing_counts, preprocessing_text, read_stage_file,
+    read_stage_files, small_base_models, table1)
 
 # %% ../../nbs/6_report/82_tables.ipynb #13a2cadf
 def format_cell(
@@ -193,8 +194,8 @@ def shorten_path(
 
 def run_facts(
     run:Path, # Folder of the run
-)->dict: # run, counts, classes, values, seconds, versions
-    "What a run was: numbers of pairs, images and patients, settings, times"
+)->dict: # run, counts, classes, values, seconds, versions, masks, preprocessing
+    "What a run was: numbers of pairs, images, patients and masks, settings, times"
     run = Path(run)
     pairs = read_pairs(run/'split')
     counts = {}
@@ -208,11 +209,14 @@ def run_facts(
         values[stage['name']] = {name: shorten_path(v) for name, v in stage['values'].items()}
     seconds = {}
     for path in sorted((run/'logs').glob('*.json')):
-        duration = json.loads(path.read_text()).get('seconds')
+        duration = read_stage_file(path, path.stem).get('seconds')
         if duration is not None and path.stem in values: seconds[path.stem] = duration
     versions = stage_files[0]['versions'] if stage_files else {}
+    images = run/values.get('preprocess', {}).get('out', 'images')
+    preprocessing = preprocessing_counts(images) if (images/'images.csv').is_file() else {}
     return {'run': run.name, 'counts': counts, 'classes': classes, 'values': values,
-            'seconds': seconds, 'versions': versions}
+            'seconds': seconds, 'versions': versions, 'masks': mask_counts(pairs),
+            'preprocessing': preprocessing}
 
 # %% ../../nbs/6_report/82_tables.ipynb #ad9ce250
 def is_result(
@@ -249,9 +253,10 @@ def read_results(
     results:Path, # Folder written by `collect_results`
 )->tuple[dict,dict,dict]: # Contents of run.json and of metrics.json; the tables of scores by name
     "The result files that pages use"
-    facts, metrics_info = [json.loads(require_path(Path(results)/name, 'metrics').read_text())
+    facts, metrics_info = [read_stage_file(Path(results)/name, 'metrics')
                            for name in ('run.json', 'metrics/metrics.json')]
-    tables = {p.stem: pd.read_csv(p) for p in sorted((Path(results)/'metrics').glob('*.csv'))}
+    tables = {p.stem: read_stage_file(p, 'metrics')
+              for p in sorted((Path(results)/'metrics').glob('*.csv'))}
     return facts, metrics_info, tables
 
 # %% ../../nbs/6_report/82_tables.ipynb #cc679d5f
@@ -322,6 +327,9 @@ def run_values(
     values, counts = facts['values'], facts['counts']
     out = {'run': escape_text(facts['run']),
            'data_source': data_source_text(values),
+           'masks_text': masks_text(facts.get('masks', {})),
+           'preprocessing_text': preprocessing_text(facts.get('preprocessing', {})),
+           'baselines_text': baselines_text(tables.get('baseline_comparison', pd.DataFrame())),
            'base_models_text': base_models_text(values),
            'extractor': escape_text(metrics_info['extractor']),
            'size': metrics_info['size'],
@@ -564,7 +572,8 @@ def round_cells(
 
 # %% ../../nbs/6_report/82_tables.ipynb #1ec2a35c
 MAIN_TABLES = ('scores', 'summary', 'best_checkpoints', 'checkpoint_selection')
-ADDITIONAL_TABLES = {'mask_regions': 'Inside the mask, at its boundary, and outside',
+ADDITIONAL_TABLES = {'baseline_comparison': 'Best checkpoints beside baselines that learn nothing',
+                     'mask_regions': 'Inside the mask, at its boundary, and outside',
                      'baselines': 'Baselines: scores without a trained model',
                      'subgroups': 'By pathology, view and region',
                      'confidence_intervals': 'Scores with confidence intervals over patients',
@@ -578,7 +587,9 @@ ADDITIONAL_TABLES = {'mask_regions': 'Inside the mask, at its boundary, and outs
 
 # %% ../../nbs/6_report/82_tables.ipynb #83365745
 # Rows of long tables that a page shows
-ROW_FILTERS = {'fidelity_diversity': "source!='raw'", 'significance_tests': "metric=='ssim'",
+ROW_FILTERS = {'baseline_comparison': "baseline_is_better and metric!='mmd2_paper_unit_sigma10'",
+               'fidelity_diversity': "source!='raw'",
+               'significance_tests': "metric=='ssim'",
                'mmd_intervals': "convention=='median'"}
 LAYOUTS = {'subgroups': subgroup_table, 'set_metrics': set_metrics_table,
            'confidence_intervals': interval_table,
@@ -646,7 +657,7 @@ def side_experiment(
     "The table and the pictures of an experiment"
     folder = Path(results)/name
     if not (folder/table_file).is_file(): return '*Not run.*'
-    table = merge_intervals(pd.read_csv(folder/table_file))
+    table = merge_intervals(read_stage_file(folder/table_file, name))
     table = table.rename(columns=lambda c: c.replace('_', ' '))
     parts = [as_markdown(round_cells(table, 3))]
     for file, caption in figures.items():
