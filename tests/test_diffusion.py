@@ -17,7 +17,7 @@ from elbowsynth.diffusion.flux import load_flux, sample_flux, train_flux
 from elbowsynth.diffusion.latents import (
     InpaintDataset, read_onetrainer_folder, toy_data, write_onetrainer_folder)
 from elbowsynth.diffusion.objective import ModelSpec
-from elbowsynth.diffusion.sampling import composite
+from elbowsynth.diffusion.sampling import composite, inpaint_images
 from elbowsynth.diffusion.sdxl import load_sdxl, sample_sdxl, tiny_sdxl, train_sdxl
 from elbowsynth.diffusion.settings import (
     build_parser, CONFIGS, DTYPE_FIELDS, FineTuneConfig, FLUX, make_config, RECIPES, resolve_config,
@@ -530,15 +530,17 @@ def test_a_finished_training_follows_harmless_changes(undisturbed, tmp_path):
     out = tmp_path/'run'/'out'
     shutil.copytree(undisturbed.parent, out.parent)
     toy_tune(out, output_dtype='bfloat16')
-    assert load_file(out/'model'/'unet.safetensors')['weight'].dtype == torch.bfloat16 or True
     assert json.loads((out/'model'/'training_state.json').read_text())['output_dtype'] == 'bfloat16'
-    other_test = InpaintDataset(*(field[2:4] for field in TOY))
-    toy_tune(out, test=PAIRS, num_inference_steps=7, output_dtype='bfloat16')
+    toy_tune(out, num_inference_steps=7, output_dtype='bfloat16')
     assert [p.name for p in (out/'samples').iterdir()] == ['0003']
     assert len(list((out/'evaluation-previous-1'/'samples').iterdir())) == 4
     weights = trained_tensors(out)
     assert all(torch.equal(v, weights[k]) for k, v in trained_tensors(undisturbed).items())
-    assert evaluation_config(PAIRS, SDXL) != evaluation_config(other_test, SDXL)
+    other_pairs = InpaintDataset(*(field[2:4] for field in TOY))
+    toy_tune(out, test=other_pairs, num_inference_steps=7, output_dtype='bfloat16')
+    assert (out/'evaluation-previous-2'/'samples'/'0003').is_dir()
+    assert {p.stem for p in (out/'raw'/'0003').iterdir()} == set(PAIRS.names)   # the toy always writes these
+    assert evaluation_config(PAIRS, SDXL) != evaluation_config(other_pairs, SDXL)
 
 def test_a_fresh_start_says_why(tmp_path, capsys):
     toy_tune(tmp_path/'out', epochs=1, boost_epochs=0)
@@ -605,6 +607,27 @@ def test_each_option_changes_the_training(tmp_path):
     cases = [('sdxl', k) for k in EFFECTS]+[('flux', k) for k in FLUX_EFFECTS]
     without = [f'{model}: {name}' for model, name in cases if not option_has_effect(model, name, tmp_path/f'{model}-{name}')]
     assert without == []
+
+@pytest.mark.parametrize('model', ['sdxl', 'flux'])
+def test_sampling_has_all_settings(model, tmp_path, monkeypatch):
+    "Each setting is an argument of the function that draws the samples, and of the pipeline's call"
+    module, train, config = {'sdxl': (sdxl, train_sdxl, SDXL), 'flux': (flux, train_flux, FLUX)}[model]
+    settings = dict(num_inference_steps=7, guidance_scale=3.25, sample_batch_size=3, seed=5, max_minutes=99.)
+    if model == 'flux': settings['max_sequence_length'] = 21
+    calls = []
+    def inpaint(*args, **kwargs):
+        calls.append(inspect.signature(inpaint_images).bind(*args, **kwargs).arguments)
+        return PAIRS.images
+    monkeypatch.setattr(module, 'inpaint_images', inpaint)
+    def fine_tune(load_pipeline, spec, sample, train, test, out, config, distributed):
+        sample(load_pipeline(distributed.device), tmp_path, distributed)
+    monkeypatch.setattr(module, 'fine_tune', fine_tune)
+    train(TOY, PAIRS, tmp_path/'out', base_model=f'tiny-{model}-random', device='cpu', **settings)
+    call, = calls
+    received = call | call['pipeline_kwargs']
+    expected = {'batch_size' if k == 'sample_batch_size' else k: v for k, v in settings.items()}
+    assert {k: received[k] for k in expected} == expected and received['strength'] == 1
+    assert received['captions'] == PAIRS.captions and received['seed_keys'] == PAIRS.names
 
 def test_the_optimizer_has_all_settings():
     "Adafactor's options, and torch's values of AdamW, which the paper does not name"
