@@ -169,6 +169,17 @@ def _pool_factor(images): # (n, h, w)
     "Factor of piq's downsampling, which brings the shorter side near 256 pixels"
     return max(1, round(min(images.shape[1:])/256))
 
+def _pooled_ssim(images, factor, window='gauss', reflect=False, sample=False):
+    "Mean SSIM of an image and its partner after pooling; weighted by a mask if there is a third"
+    x,y,*mask = (avg_pool(o, factor) for o in images)
+    values, _ = ssim_maps(x, y, window, reflect, sample)
+    return masked_mean(values, *mask)
+
+def _require_windows(scores, windows):
+    "The scores, or an error that names the first mask without a window"
+    if not np.isnan(scores).any(): return scores
+    raise ValueError(f'mask {np.isnan(scores).argmax()} contains no {windows}')
+
 def ssim(
     x, # Real images, (n, h, w) in [0, 1]
     y, # Synthetic images, a partner for each
@@ -180,15 +191,9 @@ def ssim(
     options = get_convention(SSIM_CONVENTIONS, convention)
     stacks = check_image_pairs(x, y, len(WINDOWS[options['window']]), mask)
     factor = _pool_factor(stacks[0]) if options['pool'] else 1
-    def ssim_of_pair(*images):
-        pooled = [avg_pool(o, factor) for o in images]
-        x,y,*mask = pooled
-        values, _ = ssim_maps(x, y, options['window'], options['reflect'], options['sample'])
-        return masked_mean(values, *mask)
-    scores = map_pairs(ssim_of_pair, stacks, device)
-    if np.isnan(scores).any():
-        raise ValueError(f'mask {np.isnan(scores).argmax()} contains no SSIM window')
-    return scores
+    choices = [options[k] for k in ('window', 'reflect', 'sample')]
+    def ssim_of_pair(*images): return _pooled_ssim(images, factor, *choices)
+    return _require_windows(map_pairs(ssim_of_pair, stacks, device), 'SSIM window')
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #c14e13d3
 MS_WEIGHTS = [.0448, .2856, .3001, .2363, .1333]
@@ -260,17 +265,14 @@ def ms_ssim(
         statistics = scale_statistics(x, y, masks, options)
         return statistics[..., -1, 1:]                              # of the mask, if there is one
     scores = combine_scales(map_pairs(factors_of_pair, stacks, device))
-    if np.isnan(scores).any():
-        raise ValueError(
-            f'mask {np.isnan(scores).argmax()} contains no window of the coarsest scale, '
-            'which stays 80 pixels from the border')
-    return scores
+    return _require_windows(
+        scores, 'window of the coarsest scale, which stays 80 pixels from the border')
 
 # %% ../../nbs/5_evaluation/61_ssim.ipynb #7f98938b
 def _all_scores(x, y, masks, factor):
     "ssim, then mae and `scale_statistics` in the full image and in each mask, in one vector."
     statistics = scale_statistics(x, y, masks, MS_SSIM_CONVENTIONS['piq'])
-    pooled = masked_mean(ssim_maps(avg_pool(x, factor), avg_pool(y, factor))[0])
+    pooled = _pooled_ssim((x, y), factor)
     difference = abs(x-y)
     errors = [masked_mean(difference, m) for m in (None, *masks)]
     if isinstance(x, np.ndarray): return np.concatenate([[pooled], errors, statistics.ravel()])
