@@ -420,6 +420,9 @@ def _open_locked(path):
         except BlockingIOError:
             lock.close()
             return None
+        except OSError as e:
+            print(f'{path.parent} has no locks ({e.strerror}): start one training per folder only')
+            return lock
         # Its last owner may have removed it between the two calls above
         if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())): return lock
         lock.close()

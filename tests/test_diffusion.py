@@ -1,12 +1,12 @@
 "The inpainting models: Table 7, recipes, resuming after a kill, what is trained and saved, and use from outside"
-import inspect, json, os, shutil, signal, subprocess, sys, time
+import inspect, json, os, shutil, signal, subprocess, sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from conftest import ROOT
-from kills import differing_files, run_with_kills
+from kills import differing_files, fork_run, run_with_kills
 from elbowsynth.data.images import read_image
 from elbowsynth.diffusion import flux, sdxl
 from elbowsynth.diffusion.base_models import load_lora, tiny_vae
@@ -147,27 +147,8 @@ def test_warmup_and_boost_of_the_learning_rate():
 
 # ---- resuming after a kill
 
-SCRIPT = '''
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-import test_diffusion as t
-model, out = sys.argv[1:3]
-{'sdxl': t.train_sdxl, 'flux': t.train_flux}[model](t.TOY, t.PAIRS, Path(out), **t.LONG[model])
-'''
 LONG = {'sdxl': dict(QUICK_SDXL, epochs=3, boost_epochs=1, checkpoint_every=2, flip_probability=.5, max_translation_px=8),
         'flux': dict(QUICK_FLUX, epochs=3, boost_epochs=1, checkpoint_every=2)}
-
-def kill_while_training(model, out):
-    "Start a training in another process; kill -9 after two steps"
-    command = [sys.executable, '-c', SCRIPT, model, str(out), str(ROOT/'tests')]
-    process = subprocess.Popen(command, env=os.environ | {'PYTHONPATH': str(ROOT)})
-    log, deadline = out/'log.jsonl', time.time()+200
-    def has_steps(): return log.exists() and len(log.read_text().splitlines()) >= 2
-    while process.poll() is None and time.time() < deadline and not has_steps(): time.sleep(.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out/'boosted.safetensors').exists()
 
 def interrupt_while_sampling(model, out, monkeypatch):
     "The first image of an epoch is generated, then the training stops"
@@ -186,7 +167,8 @@ def test_killed_trainings_end_as_uninterrupted_ones(model, tmp_path, monkeypatch
     "Killed while training, interrupted while sampling, resumed: the same bits, with stochastic rounding, flips and dropout"
     train, out = {'sdxl': train_sdxl, 'flux': train_flux}[model], tmp_path/model
     train(TOY, PAIRS, tmp_path/'uninterrupted', **LONG[model])
-    kill_while_training(model, out)
+    def train_long(folder): train(TOY, PAIRS, folder, **LONG[model])
+    assert fork_run(train_long, out, 200, tmp_path/'operations.txt') == -signal.SIGKILL
     interrupt_while_sampling(model, out, monkeypatch)
     train(TOY, PAIRS, out, **LONG[model])
     assert same_result(tmp_path/'uninterrupted', out)
@@ -576,7 +558,7 @@ EFFECTS = {
     'loss_scaler': ('batch', dict(optimizer='adamw', max_grad_norm=0.)), 'unmasked_probability': (1., {}),
     'sample_masked_latents': (False, {}), 'flip_probability': (1., {}), 'max_translation_px': (8, {}),
     'fixed_augmentation': (True, dict(flip_probability=.5)), 'weight_dtype': ('bfloat16', {}),
-    'prior_dtype': ('bfloat16', {}), 'text_encoder_dtype': ('bfloat16', {}), 'vae_dtype': ('bfloat16', {}),
+    'prior_dtype': ('bfloat16', dict(train_dtype='bfloat16')), 'text_encoder_dtype': ('bfloat16', {}), 'vae_dtype': ('bfloat16', {}),
     'train_dtype': ('bfloat16', {}), 'seed': (1, {})}
 FLUX_EFFECTS = {'timestep_offset': (.01, {}), 'max_sequence_length': (20, {}), 'guidance_scale': (1., {}),
                 'loss_weight_fn': ('sigma', {}), 'text_encoder_2': ('frozen', {})}

@@ -239,8 +239,8 @@ def shared_cache(
         try:
             fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
             for path in Path(folder).glob('.*.safetensors'): path.unlink()
-        except BlockingIOError: pass                                # others may be writing
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        except OSError: pass                # others may be writing, or the file system has no locks
+        with contextlib.suppress(OSError): fcntl.flock(lock, fcntl.LOCK_SH)
         yield
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #60317963
