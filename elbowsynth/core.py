@@ -9,7 +9,6 @@ __all__ = ['root', 'require_path', 'sync_to_disk', 'atomic_write', 'round_floats
 
 # %% ../nbs/0_core/00_core.ipynb #e349a2ba
 import glob, hashlib, importlib, json, os, sys, time, types
-import numpy as np
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,15 +27,25 @@ def root()->Path: # Nearest folder upward that has this study's `settings.ini`
         'nor above the package; fix: clone the repository and run in it')
 
 # %% ../nbs/0_core/00_core.ipynb #7ae41a68
+def _writer(name):
+    "Text that names the stage called `name`, or the one that writes a folder `name` by default"
+    from elbowsynth.stages import stages
+    try: known = stages(root()/'nbs')
+    except FileNotFoundError: known = []                                    # no checkout
+    for stage in sorted(known, key=lambda s: s.name!=name):
+        notebook = stage.path.relative_to(root()).as_posix()
+        if name in (stage.name, stage.defaults['out']):
+            return f'the stage `{stage.name}` ({notebook}) writes it; fix: run that notebook first'
+    return f'a stage with out = {name!r} writes it; fix: run that stage first'
+
 def require_path(
     path:Path, # File or folder that an earlier stage writes
-    stage:str, # That stage
+    stage:str, # That stage, or the folder that it writes
 )->Path: # `path`, which exists
-    "`path` if it exists; otherwise an error that names the stage to run first"
+    "`path` if it exists; otherwise an error that names the notebook to run first"
     if Path(path).exists(): return Path(path)
-    raise FileNotFoundError(
-        f'{path} is missing; the stage `{stage}` writes it; fix: run that notebook first, '
-        'or `make study`, which runs the stages in order')
+    raise FileNotFoundError(f'{path} is missing; {_writer(stage)}, '
+                            'or `make study`, which runs the stages in order')
 
 # %% ../nbs/0_core/00_core.ipynb #f1d412b0
 def sync_to_disk(
@@ -68,12 +77,11 @@ def round_floats(
     digits:int=6, # Significant digits
 ):
     "`x` in plain Python types with rounded floats: the last bit of a sum does not change a file"
+    if hasattr(x, 'tolist'): x = x.tolist()                     # a numpy array or number
     if isinstance(x, dict): return {str(k): round_floats(v, digits) for k,v in x.items()}
-    if isinstance(x, (list, tuple, np.ndarray)): return [round_floats(v, digits) for v in x]
-    if isinstance(x, (bool, np.bool_)): return bool(x)
-    if isinstance(x, (int, np.integer)): return int(x)
-    if isinstance(x, (float, np.floating)): return float(f'{x:.{digits}g}')
-    return x if x is None else str(x)
+    if isinstance(x, (list, tuple)): return [round_floats(v, digits) for v in x]
+    if x is None or isinstance(x, (bool, int)): return x
+    return float(f'{x:.{digits}g}') if isinstance(x, float) else str(x)
 
 # %% ../nbs/0_core/00_core.ipynb #f2cf1679
 def save_json(
@@ -175,6 +183,7 @@ def show_images(
 ):
     "Show gray images in rows, without axes"
     import matplotlib.pyplot as plt
+    import numpy as np
     rows, cols = -(-len(images)//cols), min(cols, len(images))
     row_height = size+.25 if titles else size
     figsize = size*cols, row_height*rows
@@ -195,6 +204,7 @@ def content_hash(
     *parts, # Arrays, or values that JSON can hold
 )->str: # Twelve hexadecimal digits
     "A hash of the contents of `parts`"
+    import numpy as np
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):

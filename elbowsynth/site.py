@@ -320,7 +320,7 @@ description: Every function and class of the library, by subpackage and module.
 
 A name links to its page, where every argument is explained next to an example.'''
 
-# %% ../nbs/9_run/91_site.ipynb #b6c80ff3
+# %% ../nbs/9_run/91_site.ipynb #e3c466c0
 def module_name(
     nb:dict, # A notebook
 )->str: # Such as `data.masks`, or an empty text
@@ -330,6 +330,7 @@ def module_name(
         if cell['cell_type']=='code' and found: return found[1]
     return ''
 
+# %% ../nbs/9_run/91_site.ipynb #b6c80ff3
 def reference_page(
     notebooks:dict[str,dict], # Path below `nbs` to notebook
     intros:dict[str,str], # Subpackage to its introduction, Markdown
@@ -513,7 +514,7 @@ def prose_pages(
     pages['references.qmd'] = bibliography_page(refs)
     return pages
 
-# %% ../nbs/9_run/91_site.ipynb #bc506469
+# %% ../nbs/9_run/91_site.ipynb #1e408701
 def write_notebook_pages(
     notebooks:dict[str,dict], # Path below `nbs` to notebook
     refs:dict[str,dict], # From `read_bib`
@@ -542,6 +543,7 @@ def write_notebook_pages(
             write_nb(page, out/name)
     finally: os.chdir(before)
 
+# %% ../nbs/9_run/91_site.ipynb #bc506469
 def process(
     out:Path, # Folder to fill; its contents are removed first
     run:Path=None, # Run to show; None for the committed results
@@ -658,7 +660,7 @@ UNRENDERED = {                              # pattern to the sign that is report
     r'\?@': '?@',
     r'^\s*\*\*\w[^*]*\*\*\s*$': '**'}
 
-# %% ../nbs/9_run/91_site.ipynb #db741037
+# %% ../nbs/9_run/91_site.ipynb #cfa306a1
 def link_error(
     link:str, # Address in a page
     page:Path, # The page
@@ -674,6 +676,7 @@ def link_error(
         return f'link to {link}, which has no such anchor'
     return ''
 
+# %% ../nbs/9_run/91_site.ipynb #db741037
 def page_errors(
     page:Path, # A page
     parsed_pages:dict[Path,PageParser], # All pages of the site
@@ -735,7 +738,8 @@ def render(
     done = subprocess.run(command, cwd=proc, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in (done.stdout+done.stderr).splitlines() if line.strip()]
-        raise RuntimeError('\n'.join(lines[-30:]))
+        ended = f'{Path(command[0]).name} ended with exit code {done.returncode}'
+        raise RuntimeError('\n'.join([ended, *lines[-30:]]))
     if not quarto: vendor_assets(proc/'_docs')
     shutil.rmtree(docs, ignore_errors=True)
     shutil.move(proc/'_docs', docs)

@@ -262,7 +262,16 @@ def read_profile(
     if not path.is_file():
         known = ', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))
         raise FileNotFoundError(f'unknown profile {profile!r}; {path.parent.name} has {known}')
-    return yaml.safe_load(path.read_text()) or {}
+    try: sections = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+    except yaml.YAMLError as error:
+        reason = ' '.join(str(error).split())
+        raise ValueError(f'{path.name} is no YAML: {reason}; fix: correct this line') from None
+    if not isinstance(sections, dict): raise ValueError(f'{path.name}: expected `stage: {{...}}`')
+    for name,section in sections.items():
+        kind = list if name=='targets' else dict
+        if section is not None and not isinstance(section, kind):
+            raise ValueError(f'{path.name}: {name}: expected a {kind.__name__}, got {section!r}')
+    return sections
 
 # %% ../nbs/0_core/01_stages.ipynb #e5610f26
 def profile_values(
@@ -272,7 +281,7 @@ def profile_values(
 )->dict[str,dict]: # Stage to parameter to value, for what the profile sets
     "Read a profile; all unknown stages and parameters are reported together"
     sections, names = read_profile(profile, folder), [s.name for s in known]
-    targets, common = sections.pop('targets', []), sections.pop('all', None) or {}
+    targets, common = sections.pop('targets', []) or [], sections.pop('all', None) or {}
     unknown = [name for name in [*sections, *targets] if name not in names]
     errors = [f'no stage is called {name!r}{suggestion(name, names)}' for name in unknown]
     for name in common:
@@ -314,7 +323,10 @@ def recorded_data(
     "The data set that a run is made from"
     for name in ('data.json', 'plan.json'):         # earlier versions recorded it in the plan
         path = Path(run_dir)/name
-        if path.is_file(): return json.loads(path.read_text(encoding='utf-8'))['data_dir']
+        if not path.is_file(): continue
+        try: return json.loads(path.read_text(encoding='utf-8'))['data_dir']
+        except (ValueError, KeyError):
+            raise ValueError(f'{path} is damaged; fix: delete it') from None
 
 def claim_data(
     run_dir:Path, # Folder of a run

@@ -66,6 +66,13 @@ def test_import_loads_no_torch(statement):
     done = sh(sys.executable, '-c', f'import sys\n{statement}\nprint(sorted({{"torch", "diffusers"}} & set(sys.modules)))')
     assert done.stdout.strip()=='[]'
 
+def test_the_runner_starts_without_heavy_packages():
+    "Each stage starts it once: numpy, nbformat (through jsonschema) and snakemake take seconds"
+    code = 'import sys, elbowsynth.run\nprint(sorted({"numpy", "pandas", "matplotlib", "nbformat", "jsonschema", "papermill", "snakemake"} & set(sys.modules)))'
+    assert sh(sys.executable, '-c', code).stdout.strip()=='[]'
+    code = 'import sys\nfrom elbowsynth.run import _leave_out_iri_grammar\n_leave_out_iri_grammar()\nimport papermill, lark\nprint("rfc3987_syntax.syntax_helpers" in sys.modules)'
+    assert sh(sys.executable, '-c', code).stdout.strip()=='False'
+
 def test_a_name_of_a_module_means_the_function():
     code = ('import elbowsynth.evaluation.ssim, elbowsynth.phantom.anatomy, elbowsynth.phantom.phantom\n'
             'from elbowsynth.evaluation import ssim\nfrom elbowsynth.phantom import phantom\nprint(ssim.__name__, callable(ssim), callable(phantom))')

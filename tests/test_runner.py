@@ -1,11 +1,13 @@
 "The runner, on a toy study of three stages that take a second each"
-import fcntl, json, os, re, shutil, signal, subprocess, sys, time
+import ast, errno, fcntl, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat
 import pytest
 import elbowsynth
+import elbowsynth.run
 from conftest import ROOT, sh
-from elbowsynth.run import code_hash, imported_modules, job_values, plan
+from elbowsynth.core import require_path
+from elbowsynth.run import _workflow_command, _write_plan, code_hash, environment, imported_modules, job_values, plan
 from elbowsynth.stages import StageFinished, notebook_profile, record_defaults, stages
 
 def notebook(path, parameters, body):
@@ -55,25 +57,55 @@ class ToyConfig:
     betas:tuple = (.5, .9)
 """
 
+def make_toy(top):
+    "A checkout with three stages: a writes images, b reads them slowly and can resume, c reads b"
+    for n in ('workflow', 'elbowsynth'): shutil.copytree(ROOT/n, top/n, ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(ROOT/'settings.ini', top)
+    (top/'elbowsynth'/'toy_settings.py').write_text(TOY_SETTINGS)
+    (top/'params').mkdir()
+    (top/'params'/'demo.yaml').write_text('all: {n: 4}')
+    notebook(top/'nbs'/'1_data'/'01_a.ipynb', A_PARAMETERS, A_BODY)
+    notebook(top/'nbs'/'2_models'/'02_b.ipynb', B_PARAMETERS, B_BODY)
+    notebook(top/'nbs'/'0_report'/'03_c.ipynb', C_PARAMETERS, C_BODY)                            # its folder is listed first
+    return top
+
 @pytest.fixture
 def toy(tmp_path):
-    "A checkout with three stages: a writes images, b reads them slowly and can resume, c reads b"
-    for n in ('workflow', 'elbowsynth'): shutil.copytree(ROOT/n, tmp_path/n, ignore=shutil.ignore_patterns('__pycache__'))
-    shutil.copy(ROOT/'settings.ini', tmp_path)
-    (tmp_path/'elbowsynth'/'toy_settings.py').write_text(TOY_SETTINGS)
-    (tmp_path/'params').mkdir()
-    (tmp_path/'params'/'demo.yaml').write_text('all: {n: 4}')
-    notebook(tmp_path/'nbs'/'1_data'/'01_a.ipynb', A_PARAMETERS, A_BODY)
-    notebook(tmp_path/'nbs'/'2_models'/'02_b.ipynb', B_PARAMETERS, B_BODY)
-    notebook(tmp_path/'nbs'/'0_report'/'03_c.ipynb', C_PARAMETERS, C_BODY)                       # its folder is listed first
-    return tmp_path
+    "The toy checkout in a folder whose name Snakemake, papermill and a shell would change if they could"
+    return make_toy(tmp_path/'check {out} {0} $HOME')
+
+@pytest.fixture
+def plain_toy(tmp_path):
+    "The toy checkout in an ordinary folder: Snakemake cannot list stale rules in one with braces"
+    return make_toy(tmp_path/'checkout')
 
 def study(toy, *args, check=True, **env): return sh(sys.executable, '-m', 'elbowsynth.run', 'study', *args, cwd=toy, check=check, PYTHONPATH=str(toy), **env)
 def stages_run(done): return [name for _, name in re.findall(r'stage (\d of \d): (\w+) done', done.stderr)]
 
-def test_runs_in_order_and_not_twice(toy):
+def would_run(toy, *settings):
+    "Stage to the reason why Snakemake would run it for these settings: changed, or what it reads would run; nothing is run"
+    folder, jobs = plan('demo', settings=settings)
+    _write_plan(toy/folder, jobs, '', 2)
+    command = _workflow_command(toy/folder, 2)
+    done = subprocess.run([*command[:command.index('--quiet')], '--dry-run'], cwd=toy, env=environment(1), capture_output=True, text=True)
+    assert done.returncode==0, done.stderr
+    reasons = re.findall(r'^rule (\w+):\n.*?reason: (Params have changed|Input files updated)', done.stdout+done.stderr, flags=re.M|re.S)
+    return {rule: 'changed' if reason.startswith('Params') else 'reads' for rule, reason in reasons if rule!='all'}
+
+def append_to_cell(path, text):
+    "Change the last cell of a notebook"
+    nb = json.loads(path.read_text())
+    nb['cells'][-1]['source'] = ''.join(nb['cells'][-1]['source'])+text
+    path.write_text(json.dumps(nb))
+
+def test_runs_in_order_and_not_twice(plain_toy, monkeypatch):
+    toy = plain_toy
     (toy/'home').mkdir()
+    killed_here = toy/'_runs'/'demo'/'raw'/'.part-images.json'
+    killed_here.parent.mkdir(parents=True)
+    killed_here.touch()
     first = study(toy, HOME=str(toy/'home'))
+    assert not killed_here.exists()                                                     # what a killed process has left
     assert list((toy/'home').rglob('*'))==[]                                            # nothing is written into the user's home
     assert stages_run(first)==['a', 'b', 'c'] and '1 of 3' in first.stderr
     run = toy/'_runs'/'demo'
@@ -84,26 +116,33 @@ def test_runs_in_order_and_not_twice(toy):
     assert written['values']=={'run': '_runs/demo', 'out': 'raw', 'n': 4, 'seed': 0}
     assert written['notebook']=='nbs/1_data/01_a.ipynb' and written['dependencies']==[] and len(written['code_hash'])==12
     assert stages_run(study(toy))==[]                                                   # all is up to date
-    assert stages_run(study(toy, '--set', 'seed=1'))==['a', 'b', 'c']                   # what changed, and what reads it
-    assert stages_run(study(toy, '--set', 'seed=1', '--set', 'sleep=0.01'))==['b', 'c']
-    b = toy/'nbs'/'2_models'/'02_b.ipynb'
-    nb = json.loads(b.read_text())
-    nb['cells'][3]['source'] = '# a comment\n'+''.join(nb['cells'][3]['source'])
-    b.write_text(json.dumps(nb))
-    assert stages_run(study(toy, '--set', 'seed=1', '--set', 'sleep=0.01'))==[]         # a comment makes nothing stale
+
+    monkeypatch.chdir(toy)                                                              # what makes a stage run again
+    monkeypatch.setattr(elbowsynth, '__path__', [*elbowsynth.__path__, str(toy/'elbowsynth')])
+    b, c, settings = toy/'nbs'/'2_models'/'02_b.ipynb', toy/'nbs'/'0_report'/'03_c.ipynb', toy/'elbowsynth'/'toy_settings.py'
+    append_to_cell(b, '\n# a comment')
+    settings.write_text('"A docstring"\n# a comment\n'+settings.read_text())
+    (toy/'elbowsynth'/'unused.py').write_text('x = 1')
+    assert would_run(toy)=={}                                                           # not comments, not modules that no stage imports
+    assert would_run(toy, 'decay_rate=-0.5')=={'b': 'changed', 'c': 'reads'}            # a value
+    append_to_cell(c, '\nchanged = 1')
+    assert would_run(toy)=={'c': 'changed'}                                             # the code of a cell
+    settings.write_text(settings.read_text()+'\nchanged = 1\n')
+    assert would_run(toy)=={'b': 'changed', 'c': 'reads'}                               # the code of a module
     written_outside = {p.name for p in toy.iterdir()}-{'workflow', 'elbowsynth', 'settings.ini', 'nbs', 'params', 'home'}
     assert written_outside=={'_runs'}, written_outside
 
 @pytest.mark.long('four studies, 40 s')
 def test_user_folder_replaces_the_first_stage(toy):
-    (toy/'my images').mkdir()
-    assert stages_run(study(toy, '--data', toy/'my images'))==['b', 'c']
-    assert (toy/'_runs'/'demo-my images'/'report'/'steps').exists() and not (toy/'_runs'/'demo-my images'/'raw').exists()
-    (toy/'other'/'my images').mkdir(parents=True)
-    done = study(toy, '--data', toy/'other'/'my images', check=False)
+    name = 'my {data} images'                                                           # Snakemake and papermill have their own use for braces
+    (toy/name).mkdir()
+    assert stages_run(study(toy, '--data', toy/name))==['b', 'c']
+    assert (toy/'_runs'/f'demo-{name}'/'report'/'steps').exists() and not (toy/'_runs'/f'demo-{name}'/'raw').exists()
+    (toy/'other'/name).mkdir(parents=True)
+    done = study(toy, '--data', toy/'other'/name, check=False)
     assert done.returncode!=0 and 'fix: choose another folder with RUN=NAME' in done.stderr              # two folders of one name
-    (toy/'my images'/'new.png').touch()
-    assert stages_run(study(toy, '--data', toy/'my images'))==['b', 'c']                # the folder changed
+    (toy/name/'new.png').touch()
+    assert stages_run(study(toy, '--data', toy/name))==['b', 'c']                       # the folder changed
 
 @pytest.mark.parametrize('args, message', [
     (['--set', 'sed=1'], "'sed=1': no stage has a parameter 'sed'; did you mean 'seed'?"),
@@ -111,6 +150,10 @@ def test_user_folder_replaces_the_first_stage(toy):
     (['--set', 'n=many seed=1'], "a.n: expected int (default 99), got 'many'"),
     (['--data', 'nowhere'], 'DATA=nowhere: no such folder'),
     (['--run', '../out'], 'expected the name of a folder below _runs'),
+    (['--run', 'x'*300], 'has 300 bytes; expected at most 100; fix: choose a shorter name with RUN=NAME'),
+    (['--set', 'n=[1'], "'n=[1': the value is no YAML"),
+    (['--set', 'out=same'], "b.out: 'same' is the folder of the stage a, too"),
+    (['--set', 'b.out="{x}"'], 'b.out: expected a name of letters'),
     (['--target', 'd'], 'no stage is called d; stages: a, b, c'),
     (['--set', 'b.decay_rte=1'], "stage b has no parameter 'decay_rte'"),
     (['--set', 'b.decay_rate=low'], "b.decay_rate: expected float (default -0.8), got 'low'"),
@@ -127,6 +170,57 @@ def test_misspelled_profile_is_refused(toy):
     assert done.returncode!=0
     message = "no stage has a parameter 'm'; b has no parameter 'slep'; did you mean 'sleep'?; b has no parameter 'decay_rte'; did you mean 'decay_rate'?"
     assert message in done.stderr, done.stderr
+
+@pytest.mark.parametrize('profile, message', [('all: {n: 4', 'demo.yaml is no YAML'), ('b: 3', 'demo.yaml: b: expected a dict, got 3')])
+def test_a_faulty_profile_is_refused_in_one_line(toy, profile, message):
+    (toy/'params'/'demo.yaml').write_text(profile)
+    done = study(toy, check=False)
+    assert done.returncode!=0 and message in done.stderr and 'Traceback' not in done.stderr
+
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(toy):
+    (toy/'_runs').touch()
+    done = study(toy, check=False)
+    assert done.returncode!=0 and done.stderr.count('\n')==1 and '_runs' in done.stderr and 'fix: rename the file' in done.stderr, done.stderr
+    (toy/'_runs').unlink()
+    (toy/'_runs'/'demo').mkdir(parents=True)
+    (toy/'_runs'/'demo'/'.part-plan.json').symlink_to('/dev/full')
+    done = study(toy, check=False)
+    assert done.returncode!=0 and 'elbowsynth: No space left on device; fix: free some space, then rerun' in done.stderr and 'Traceback' not in done.stderr
+
+@pytest.mark.parametrize('number, fix', [(errno.EROFS, 'make the folder writable'), (errno.EACCES, 'make it accessible'), (errno.ENAMETOOLONG, 'shorter name')])
+def test_refusals_of_the_system_say_what_to_do(toy, monkeypatch, capsys, number, fix):
+    def refuse(*args, **named): raise OSError(number, os.strerror(number), '_runs/demo')
+    monkeypatch.setattr(elbowsynth.run, 'study', refuse)
+    monkeypatch.setattr(sys, 'argv', ['elbowsynth', 'study'])
+    with pytest.raises(SystemExit) as end: elbowsynth.run.main()
+    assert str(end.value).startswith(f'elbowsynth: {os.strerror(number)} (_runs/demo); fix: ') and fix in str(end.value) and '\n' not in str(end.value)
+
+def test_a_killed_stage_and_a_killed_kernel_are_explained(toy):
+    "Each in its words: nobody has reported the first, papermill the second"
+    kill = 'import os, signal, sys\nprint("last word", end="")\nsys.stdout.flush()\nos.kill({}, signal.SIGKILL)'
+    notebook(toy/'nbs'/'1_data'/'01_a.ipynb', A_PARAMETERS, kill.format('os.getppid()'))
+    notebook(toy/'nbs'/'1_data'/'04_d.ipynb', A_PARAMETERS.replace('"raw"', '"other"'), kill.format('os.getpid()'))
+    done = study(toy, '--target', 'a', '--target', 'd', check=False)
+    assert done.returncode!=0
+    assert re.search(r'stage a .*: it was killed, by hand or by the system, often for lack of memory; log: .*/logs/a.log', done.stderr), done.stderr
+    assert 'd FAILED in nbs/1_data/04_d.ipynb' in done.stderr and 'DeadKernelError: the process of the notebook was killed' in done.stderr
+    assert 'stage d ' not in done.stderr.split('it was killed')[1] and 'not finished: a, d' in done.stderr
+
+def test_the_last_words_of_snakemake_are_shown(toy):
+    with (toy/'workflow'/'Snakefile').open('a') as f: f.write('\nraise ValueError("no such rule")\n')
+    done = study(toy, check=False)
+    assert done.returncode!=0 and 'Snakemake failed; its last words' in done.stderr and 'no such rule' in done.stderr
+    assert (toy/'_runs'/'demo'/'logs'/'workflow.log').exists() and 'not finished: a, b, c' in done.stderr
+
+def test_messages_name_notebooks_that_exist():
+    "Each stage that the library names as the writer of a missing file is a notebook"
+    names = {n for s in stages(ROOT/'nbs') for n in (s.name, s.defaults['out'])}
+    calls = [n for p in (ROOT/'elbowsynth').rglob('*.py') for n in ast.walk(ast.parse(p.read_text()))
+             if isinstance(n, ast.Call) and getattr(n.func, 'id', '')=='require_path']
+    constants = [c.args[1].value for c in calls if isinstance(c.args[1], ast.Constant)]
+    assert len(constants)>=5 and set(constants)<=names
+    with pytest.raises(FileNotFoundError) as error: require_path(Path('nowhere'), 'figures')
+    assert re.search(r'\((nbs/\S+)\)', str(error.value))[1]=='nbs/6_report/81_figures.ipynb'
 
 def test_failed_stage_names_notebook_cell_and_log(toy):
     done = study(toy, '--set', 'fail=true', check=False)
@@ -294,6 +388,18 @@ def test_a_finished_notebook_run_as_a_whole_shows_its_results(lab):
     assert 'four images' in shown and 'a figure' in shown
     assert nb.cells[3].execution_count is None and contents(folder)==before
 
+def test_an_interruption_in_jupyterlab_says_how_to_go_on(lab, capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+    shell = InteractiveShell.instance()
+    try:
+        shell.user_ns.update(cell(A_PARAMETERS))
+        shell.run_cell('from elbowsynth.stages import notebook_profile\nnotebook_profile("a", globals())').raise_error()
+        capsys.readouterr()
+        assert not shell.run_cell('def train(): raise KeyboardInterrupt\ntrain()').success
+    finally: InteractiveShell.clear_instance()
+    shown = capsys.readouterr()
+    assert 'run this cell again (a training resumes from its last checkpoint)' in shown.out and 'Traceback' not in shown.out+shown.err
+
 def run_in_kernel(path, toy, interrupt_after=None):
     "Execute a notebook from its top; the notebook with its outputs"
     from nbclient import NotebookClient
@@ -322,7 +428,7 @@ def test_setting_profile_and_plain_papermill_give_the_same_options(toy):
     study(toy, '--profile', 'option', '--target', 'b')
     assert used_config(toy/'_runs'/'option')==by_setting
 
-    sh('papermill', toy/'nbs'/'2_models'/'02_b.ipynb', toy/'copy.ipynb', '-y', 'options: {decay_rate: -0.7}', '-p', 'run', '_runs/plain',
+    sh('papermill', 'nbs/2_models/02_b.ipynb', 'copy.ipynb', '-y', 'options: {decay_rate: -0.7}', '-p', 'run', '_runs/plain',
        '-k', 'python3', cwd=toy, PYTHONPATH=str(toy))
     assert used_config(toy/'_runs'/'plain')==by_setting
 
