@@ -202,7 +202,7 @@ def load_annotations(
     if missing: raise ValueError(f'{name} has no {", ".join(missing)}')
     return content
 
-# %% ../../nbs/2_data/23_annotations.ipynb #2fc1bfe1
+# %% ../../nbs/2_data/23_annotations.ipynb #8cbcba90
 def _coco_outline(numbers):
     "A polygon of COCO, a list of x and y in turn"
     if type(numbers) in (int, float):
@@ -213,6 +213,7 @@ def _coco_outline(numbers):
                          'corners')
     return points.reshape(-1, 2)
 
+# %% ../../nbs/2_data/23_annotations.ipynb #2fc1bfe1
 def _coco_polygons(annotation, height, width):
     "The polygons of a COCO annotation; its box if it has no outline"
     outline = annotation.get('segmentation')

@@ -55,12 +55,13 @@ def read_dicom(
     ds.file_meta.TransferSyntaxUID = IMPLICIT_LITTLE_ENDIAN if is_implicit else explicit
     return ds
 
-# %% ../../nbs/2_data/25_dicom.ipynb #5310466d
+# %% ../../nbs/2_data/25_dicom.ipynb #fc43b2c8
 # OT and empty, too: scanned or exported radiographs often have no other modality
 RADIOGRAPH_MODALITIES = ('CR', 'DX', 'RG', 'DR', 'OT', '')
 PHOTOMETRIC_INTERPRETATIONS = ('MONOCHROME1', 'MONOCHROME2', 'RGB', 'YBR_FULL', 'YBR_FULL_422',
                                'YBR_ICT', 'YBR_RCT')
 
+# %% ../../nbs/2_data/25_dicom.ipynb #5310466d
 class DicomError(ValueError): "Why a DICOM file is rejected, without a value that identifies"
 
 def _bits_error(ds):
@@ -268,7 +269,7 @@ def match_single_term(
         if len(found)==1: return found.pop()
     return ''
 
-# %% ../../nbs/2_data/25_dicom.ipynb #8d13ff30
+# %% ../../nbs/2_data/25_dicom.ipynb #ea83a26b
 AMBIGUOUS_VIEWS = ('ll', 'rl', 'front')                             # in free text
 
 def dicom_view(
@@ -284,6 +285,7 @@ def dicom_view(
     aliases = {k: v for k,v in VIEW_ALIASES.items() if k not in AMBIGUOUS_VIEWS}
     return match_single_term([ds.get(tag) for tag in tags], aliases)
 
+# %% ../../nbs/2_data/25_dicom.ipynb #8d13ff30
 def dicom_side(
     ds:Dataset, # A DICOM image
 )->str: # L, R or empty
@@ -337,7 +339,7 @@ def dicom_metadata(
              'burned_in': {'YES': '1', 'NO': '0'}.get(ds.get('BurnedInAnnotation'), '')}
     return {'view': dicom_view(ds), 'side': dicom_side(ds), 'extra': extra}
 
-# %% ../../nbs/2_data/25_dicom.ipynb #01ec51f5
+# %% ../../nbs/2_data/25_dicom.ipynb #0c6d4c8e
 @dataclass(frozen=True)
 class PatientIdentity:
     "What a header says about a patient, normalized; empty where it says nothing"
@@ -346,6 +348,7 @@ class PatientIdentity:
     name:str='' # PatientName
     birth_date:str='' # PatientBirthDate, 8 digits
 
+# %% ../../nbs/2_data/25_dicom.ipynb #01ec51f5
 def _normalized_name(text):
     "A name without case, separators and other scripts"
     plain = unicodedata.normalize('NFKC', text.split('=')[0]).casefold()

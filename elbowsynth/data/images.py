@@ -232,7 +232,7 @@ def binarize_mask(
     gray = channel_max(mask)
     return gray>gray.max()/2
 
-# %% ../../nbs/2_data/21_images.ipynb #911c50ed
+# %% ../../nbs/2_data/21_images.ipynb #c96cc572
 def _has_two_masks(gray, alpha):
     "Whether the opaque pixels of a mask are themselves a mask in black and white"
     opaque = gray[alpha==np.iinfo(alpha.dtype).max]
@@ -240,6 +240,7 @@ def _has_two_masks(gray, alpha):
     black, white = (opaque==0).mean(), (opaque==opaque.max()).mean()
     return opaque.max()>0 and min(black, white)>.01 and black+white>.9
 
+# %% ../../nbs/2_data/21_images.ipynb #911c50ed
 def decode_mask(
     raw:bytes, # The whole file
 )->np.ndarray: # (h, w) bool

@@ -319,7 +319,7 @@ def apply_overrides(
         completed.append(record | new)
     return completed
 
-# %% ../../nbs/2_data/24_importers.ipynb #02bf14c9
+# %% ../../nbs/2_data/24_importers.ipynb #d82d404d
 MAX_OVERHANG_PX = 2. # By which a shape may leave an image whose annotated size is unknown
 
 def _read_mask_file(path):
@@ -328,6 +328,7 @@ def _read_mask_file(path):
     except ValueError as e:
         raise ValueError(str(e).replace(path.name, 'its mask', 1)) from None
 
+# %% ../../nbs/2_data/24_importers.ipynb #02bf14c9
 def _shape_mask(shape, height, width):
     "The mask of one shape; raises ValueError if it does not belong to an image of this size"
     mask = _read_mask_file(shape['mask']) if 'mask' in shape else None

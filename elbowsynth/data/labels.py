@@ -319,7 +319,7 @@ def _value_errors(row):
         errors.append(f'age is not in years, from 0 to 120: {row.age[:20]!r}')
     return errors
 
-# %% ../../nbs/2_data/22_labels.ipynb #ee663cd9
+# %% ../../nbs/2_data/22_labels.ipynb #9fbc8d9b
 def _file_errors(row, absent):
     "Errors in the names of the files of a row"
     errors = []
@@ -334,6 +334,7 @@ def _file_errors(row, absent):
                       'fix: rename the file')
     return errors
 
+# %% ../../nbs/2_data/22_labels.ipynb #ee663cd9
 def row_errors(
     table:pd.DataFrame, # From `normalize_labels`
     folder:Path, # Folder of the files
@@ -417,7 +418,7 @@ def duplicate_errors(
         errors += [(line, copies.file[line], error) for line in copies.index[1:]]
     return errors
 
-# %% ../../nbs/2_data/22_labels.ipynb #7830d703
+# %% ../../nbs/2_data/22_labels.ipynb #61b8b945
 def _mask_finding(folder, file, mask):
     "The error of one mask, empty if there is none, and the part of the image that it covers"
     path = resolve_inside(folder, mask)
@@ -429,6 +430,7 @@ def _mask_finding(folder, file, mask):
         return f'a mask of {pixels.shape}, while {file} is {shape}', 0
     return '' if pixels.any() else 'a mask without white pixels', float(pixels.mean())
 
+# %% ../../nbs/2_data/22_labels.ipynb #7830d703
 def mask_findings(
     table:pd.DataFrame, # Columns `file` and `mask`, indexed by line
     folder:Path, # Folder of the files

@@ -263,7 +263,7 @@ def read_yolo_config(
     stated = roboflow.get('license') if isinstance(roboflow, dict) else content.get('license')
     return YoloConfig(names, tuple(shape), str(stated or ''))
 
-# %% ../../nbs/2_data/26_public_datasets.ipynb #189c0dc9
+# %% ../../nbs/2_data/26_public_datasets.ipynb #563875cd
 def _lost_yolo_files(source, files):
     "(file, reason) of images outside of a folder `images`, and of label files without an image"
     outside = [f for f in files if 'images' not in Path(f).parts[:-1]]
@@ -275,6 +275,7 @@ def _lost_yolo_files(source, files):
             lost.append((name, 'a label file without an image'))
     return lost
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #189c0dc9
 def _read_yolo_image(path, source, config):
     "An image with the shapes of its label file"
     image, _ = read_grayscale(path)

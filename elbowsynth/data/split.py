@@ -68,7 +68,7 @@ def local_search(
         n_test[added[j]] += 1
         n_test[removed[i]] -= 1
 
-# %% ../../nbs/2_data/32_split.ipynb #61c115fa
+# %% ../../nbs/2_data/32_split.ipynb #ccf7423b
 MAX_SELECTIONS = 200_000 # All are compared up to this number
 
 def n_selections(
@@ -77,6 +77,7 @@ def n_selections(
     "The number of different test sets"
     return float(np.prod(n_groups_per_type+1.))
 
+# %% ../../nbs/2_data/32_split.ipynb #61c115fa
 def best_selection(
     group_types:np.ndarray, # (k, c): pairs of each class in a group of each type
     n_groups_per_type:np.ndarray, # (k,): number of groups of each type

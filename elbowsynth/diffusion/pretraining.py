@@ -149,7 +149,7 @@ def vae_batch(
     top, left = rng.integers(half+1), rng.integers(half+1)
     return x[..., top:top+half, left:left+half]
 
-# %% ../../nbs/4_diffusion/52_pretraining.ipynb #abf4be4f
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #6152d7db
 def make_adamw(
     net:torch.nn.Module, # The trained model
     lr:float, # Highest learning rate
@@ -157,6 +157,7 @@ def make_adamw(
     "The optimizer of both trainings"
     return torch.optim.AdamW(net.parameters(), lr, betas=(.9, .99), weight_decay=.01)
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #abf4be4f
 def training_step(
     net:torch.nn.Module, # Changed in place
     optimizer:torch.optim.Optimizer, # Of its weights
@@ -218,7 +219,7 @@ def train_vae(
     ema.copy_to_model()
     return done
 
-# %% ../../nbs/4_diffusion/52_pretraining.ipynb #eebbe0f4
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #799d6583
 def encode(
     vae, # An autoencoder
     images:np.ndarray, # (n, size, size) uint8
@@ -237,6 +238,7 @@ def encode(
             latents.append(z.float())
     return torch.cat(latents)
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #eebbe0f4
 def set_latent_scale(
     vae, # An autoencoder, whose configuration is changed
     images:np.ndarray, # (n, size, size) uint8
@@ -484,7 +486,7 @@ def _pretrain(name, out, images, validation_images, vae_steps, denoiser_steps, d
     replace_folder(out/'.model', out/'model')
     return out/'model'
 
-# %% ../../nbs/4_diffusion/52_pretraining.ipynb #e4e7181b
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #ca79bf2d
 def masked_ssim(
     real:np.ndarray, # (n, h, w) uint8
     inpainted:np.ndarray, # (n, h, w) uint8, equal to `real` outside the masks
@@ -499,6 +501,7 @@ def masked_ssim(
         means.append(ssim_map[mask>0].mean())
     return np.array(means)
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #e4e7181b
 def masked_mae(
     real:np.ndarray, # (n, h, w) uint8
     inpainted:np.ndarray, # (n, h, w) uint8

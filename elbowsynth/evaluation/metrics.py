@@ -119,13 +119,14 @@ def checkpoint_summary(
     return {'n_pairs': len(scores)} | {
         k: None if pd.isna(v) else float(v) for k,v in values.items()}
 
-# %% ../../nbs/5_evaluation/65_metrics.ipynb #7b48be00
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #1f9dd343
 _WHOLE = 'ssim: piq; ms_ssim: piq'
 _PAIRS = 'ssim: piq; ssim_full: piq_full; ms_ssim: piq; mae: mean absolute error'
 _MMD = '; mmd2: median; mmd2_paper_unit_sigma10: paper_unit_sigma10'
 _MEANS = ('means over pairs; mmd2 by Eq. 3, every pair by itself (by patient in '
           'mmd_intervals.csv), mmd2_paper_unit_sigma10 biased')
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #7b48be00
 TABLE_METADATA = { # Name of a table to its convention and estimator
     'scores': (_PAIRS, 'one pair, mean over windows'),
     'summary': (_PAIRS+_MMD, _MEANS),
@@ -205,7 +206,7 @@ def read_written_table(
     "Read a table that `write_table` wrote"
     return unescape_cells(pd.read_csv(path))
 
-# %% ../../nbs/5_evaluation/65_metrics.ipynb #2c3e3871
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #13e5a2d3
 @dataclass(frozen=True)
 class ScoringJob:
     "A set of images to be scored against the real images of the same pairs"
@@ -230,6 +231,7 @@ def _job_checksum(path, summary):
     for suffix in JOB_SUFFIXES: digest.update(job_file(path, suffix).read_bytes())
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #2c3e3871
 def write_summary(
     path:Path, # Path of the scores without suffix; its other files exist
     summary:dict, # Its contents
@@ -313,7 +315,7 @@ def _baseline_loader(baseline, load_real, load_masks=None):
         return baseline(load_real(range(i, j)), masks, i)
     return load
 
-# %% ../../nbs/5_evaluation/65_metrics.ipynb #93935aea
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #26bb772e
 def _baselines(seed, autoencoders):
     "Baselines of the full image, and of the mask: name to function of images, masks, first index"
     def noise(images, masks, first_index): return noise_baseline(images, masks, seed, first_index)
@@ -331,6 +333,7 @@ def _baselines(seed, autoencoders):
         inpainting[f'vae_{name}_fill'] = reconstruction(vae)
     return full_image, inpainting
 
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #93935aea
 def _weight_sum(autoencoder):
     "Sum of the absolute weights: changes when an autoencoder does; 0 for a plain function"
     vae = getattr(autoencoder, 'vae', autoencoder)

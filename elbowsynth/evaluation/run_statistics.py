@@ -145,13 +145,14 @@ def score_trends(
     p = trends.p.dropna()
     return trends.assign(p_holm=pd.Series(holm_correction(p), p.index, float))
 
-# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #90b4e618
+# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #8d9ca3e1
 def _patient_groups(features):
     "Patients of the real and of the generated images; the same ones if images are paired"
     patients = np.asarray(features['patients'], object)
     if features['paired']: return patients, patients
     return patients, np.array([f'made for {p}' for p in patients], object)
 
+# %% ../../nbs/5_evaluation/66_run_statistics.ipynb #90b4e618
 def _mmd_statistics(features, kernel, n_resamples, margin_fraction, device):
     "MMD² of one set with its interval, test and equivalence"
     fx, fy = features['fx'], features['fy']

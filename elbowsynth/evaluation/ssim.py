@@ -164,22 +164,23 @@ def map_pairs(
         results.append(fn(*batch).cpu().numpy())
     return np.concatenate(results)
 
-# %% ../../nbs/5_evaluation/61_ssim.ipynb #86af0cd0
+# %% ../../nbs/5_evaluation/61_ssim.ipynb #3c81912e
 def _pool_factor(images): # (n, h, w)
     "Factor of piq's downsampling, which brings the shorter side near 256 pixels"
     return max(1, round(min(images.shape[1:])/256))
 
 def _pooled_ssim(images, factor, window='gauss', reflect=False, sample=False):
     "Mean SSIM of an image and its partner after pooling; weighted by a mask if there is a third"
-    x,y,*mask = (avg_pool(o, factor) for o in images)
-    values, _ = ssim_maps(x, y, window, reflect, sample)
-    return masked_mean(values, *mask)
+    pooled = [avg_pool(o, factor) for o in images]
+    values, _ = ssim_maps(*pooled[:2], window, reflect, sample)
+    return masked_mean(values, *pooled[2:])
 
 def _require_windows(scores, windows):
     "The scores, or an error that names the first mask without a window"
     if not np.isnan(scores).any(): return scores
     raise ValueError(f'mask {np.isnan(scores).argmax()} contains no {windows}')
 
+# %% ../../nbs/5_evaluation/61_ssim.ipynb #86af0cd0
 def ssim(
     x, # Real images, (n, h, w) in [0, 1]
     y, # Synthetic images, a partner for each
@@ -195,7 +196,7 @@ def ssim(
     def ssim_of_pair(*images): return _pooled_ssim(images, factor, *choices)
     return _require_windows(map_pairs(ssim_of_pair, stacks, device), 'SSIM window')
 
-# %% ../../nbs/5_evaluation/61_ssim.ipynb #c14e13d3
+# %% ../../nbs/5_evaluation/61_ssim.ipynb #f1208db2
 MS_WEIGHTS = [.0448, .2856, .3001, .2363, .1333]
 MS_SSIM_CONVENTIONS = {
     'piq': {
@@ -210,6 +211,7 @@ MS_SSIM_CONVENTIONS = {
                   'lose their last row and column, the last scale is mirrored at its rim; '
                   'a negative factor counts as zero'}}
 
+# %% ../../nbs/5_evaluation/61_ssim.ipynb #c14e13d3
 def downsample2x(
     images, # An image or a stack
     pad:bool=True, # Pad odd sides by repeating the first row and column; else drop the last ones

@@ -288,7 +288,7 @@ def train_conditional_gan(
                           **{f'grad_norm_{key}': grad_norm(net) for key,net in nets.items()})
     return out
 
-# %% ../../nbs/3_gans/37_ac_gan.ipynb #e3370b1b
+# %% ../../nbs/3_gans/37_ac_gan.ipynb #8e0436df
 def _build_nets(size, config):
     return {'gen': Generator(size, config.width, config.n_labels),
             'dis': Discriminator(size, config.width, config.n_labels, config.dropout)}
@@ -300,6 +300,7 @@ def _build_optimizers(nets, config):
     return {'opt_g': adam(nets['gen'].parameters(), config.lr_g, config.betas),
             'opt_d': adam([{'params': body}, class_head], config.lr_d, config.betas)}
 
+# %% ../../nbs/3_gans/37_ac_gan.ipynb #e3370b1b
 @delegates(ACGANConfig)
 def train_ac_gan(
     images:np.ndarray, # (n, size, size) uint8, the image of each training pair

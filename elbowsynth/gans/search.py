@@ -37,7 +37,7 @@ def suggest_hyperparameters(
     hyperparameters['batch_size'] = trial.suggest_categorical('batch_size', batch_sizes)
     return hyperparameters
 
-# %% ../../nbs/3_gans/39_search.ipynb #0007b3c7
+# %% ../../nbs/3_gans/39_search.ipynb #70bef0c4
 def _repair_journal(path):
     "Remove what a process killed while writing has left: part of a line, and Optuna's lock files"
     text = path.read_bytes() if path.exists() else b''
@@ -51,6 +51,7 @@ def _repair_journal(path):
         with atomic_write(path) as part: part.write_bytes(complete_lines)
     for lock in path.parent.glob(f'{path.name}.lock*'): lock.unlink()
 
+# %% ../../nbs/3_gans/39_search.ipynb #0007b3c7
 def open_study(
     path:Path, # The journal
     model:str, # `ac_gan` or `tac_gan`

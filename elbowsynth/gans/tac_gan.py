@@ -65,7 +65,7 @@ def twin_losses(
     "The twin's loss: it is trained on generated images only"
     return {'twin_loss': label_cross_entropy(twin(fake), y_fake, field_sizes)}
 
-# %% ../../nbs/3_gans/38_tac_gan.ipynb #05a2abc8
+# %% ../../nbs/3_gans/38_tac_gan.ipynb #be926b60
 def _build_nets(size, config):
     return {'gen': Generator(size, config.width, config.n_labels),
             'dis': Discriminator(size, config.width, config.n_labels, config.dropout),
@@ -76,6 +76,7 @@ def _build_optimizers(nets, config):
     return {f'opt_{key}': adam(nets[key].parameters(), lr, config.betas)
             for key,lr in rates.items()}
 
+# %% ../../nbs/3_gans/38_tac_gan.ipynb #05a2abc8
 @delegates(TACGANConfig)
 def train_tac_gan(
     images:np.ndarray, # (n, size, size) uint8, the image of each training pair

@@ -418,7 +418,7 @@ def merge_samples(
     if any(part.iterdir()): part.rename(done)
     else: part.rmdir()
 
-# %% ../../nbs/3_gans/36_wgan_gp.ipynb #370e9993
+# %% ../../nbs/3_gans/36_wgan_gp.ipynb #5cc4ac13
 def _weights_config(config, train_images, test_pairs, validation_pairs):
     "All that a model's weights and images depend on; other settings may change in between"
     hashed = ('width', 'batch_size', 'n_critic', 'gp_weight', 'lr', 'betas', 'weight_decay',
@@ -428,6 +428,7 @@ def _weights_config(config, train_images, test_pairs, validation_pairs):
     hashes = {'images_hash': content_hash(train_images), 'test_hash': content_hash(*names)}
     return {name: getattr(config, name) for name in hashed} | hashes
 
+# %% ../../nbs/3_gans/36_wgan_gp.ipynb #370e9993
 def _prepare_models(out, upright, pairs, test, is_validation, trained, config, device):
     "Claim each model's folder: its checkpoints, a trainer of each model, and the number of steps"
     saved,trainers = {}, []

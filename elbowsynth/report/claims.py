@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['blocking_conditions', 'verdict', 'monotonicity', 'boost_change', 'checkpoint_variability', 'ordering_holds',
-           'format_scores', 'by_name', 'RunResults', 'gan_claims', 'first_is_best', 'diffusion_claims',
+           'format_scores', 'by_name', 'RunResults', 'claim_row', 'gan_claims', 'first_is_best', 'diffusion_claims',
            'comparison_claims', 'claims', 'claims_text']
 
 # %% ../../nbs/6_report/83_claims.ipynb #15ab3dca
@@ -98,18 +98,19 @@ def by_name(
     "A statistic of several models"
     return {MODEL_NAMES[model]: statistic(model, *args) for model in models}
 
+# %% ../../nbs/6_report/83_claims.ipynb #8b617e48
+def _seed_counts(results):
+    "Model to its number of seeds; empty if the run has no table of seeds"
+    path = Path(results)/'figures'/'seeds.csv'
+    if not path.is_file(): return {}
+    return read_stage_file(path, 'figures').groupby('model').n_seeds.max().to_dict()
+
 # %% ../../nbs/6_report/83_claims.ipynb #3e7c7deb
 class RunResults:
     "The scores of a run by model and metric"
-    def __init__(self,
-        results:Path, # Folder written by `collect_results`
-    ):
+    def __init__(self, results:Path): # Folder written by `collect_results`
         self.facts, self.metrics_info, self.tables = read_results(results)
-        seeds_path = Path(results)/'figures'/'seeds.csv'
-        self.n_seeds = {}
-        if seeds_path.is_file():
-            seeds = read_stage_file(seeds_path, 'figures')
-            self.n_seeds = seeds.groupby('model').n_seeds.max().to_dict()
+        self.n_seeds = _seed_counts(results)
 
     def last_main_epoch(self, model):
         "Last epoch before the boosted learning rate; without one, larger than any epoch"
@@ -139,10 +140,6 @@ class RunResults:
               & (t.epoch<=self.last_main_epoch(model))]
         return float(t.sort_values('epoch').ssim_full.iloc[-1]) if len(t) else float('nan')
 
-    def monotonicity(self, model):
-        "Share of steps between trained checkpoints in which SSIM increases"
-        return monotonicity(self.curve(model, trained_only=True).ssim)
-
     def change_after_best(self, model):
         "Last SSIM minus the best before it; NaN for fewer than two trained checkpoints"
         values = self.curve(model, trained_only=True).ssim.tolist()
@@ -150,13 +147,13 @@ class RunResults:
 
     def boost_change(self, model):
         "Change of SSIM during the boosted epochs"
-        checkpoints = self.curve(model, include_boosted=True)
-        return boost_change(checkpoints, 'ssim', self.last_main_epoch(model))
+        curve = self.curve(model, include_boosted=True)
+        return boost_change(curve, 'ssim', self.last_main_epoch(model))
 
     def variability(self, model):
         "`checkpoint_variability`; NaN if the scores of the pairs are missing"
-        if 'scores' not in self.tables: return float('nan')
-        return checkpoint_variability(self.tables['scores'], model)
+        scores = self.tables.get('scores')
+        return float('nan') if scores is None else checkpoint_variability(scores, model)
 
     def set_metric_curve(self, model, metric):
         "A metric of the whole set of samples at the checkpoints before the boosted epochs"
@@ -166,59 +163,69 @@ class RunResults:
               & (t.epoch<=self.last_main_epoch(model))]
         return t.sort_values('epoch').value.tolist()
 
-    def claim_row(self, claim, paper_section, deciding_statistic, result, direction, models,
-                  decisive=False):
-        "A row of the table of claims; `decisive` if `result` is the deciding statistic"
-        missing = blocking_conditions(models, self.facts['values'], self.n_seeds)
-        if not decisive: missing.append('deciding statistic not computed')
-        return {'Claim': claim, 'Paper': paper_section, 'What would decide it': deciding_statistic,
-                'This run': result, 'Verdict': verdict(direction, missing)}
+# %% ../../nbs/6_report/83_claims.ipynb #ff63c90d
+def claim_row(
+    run:RunResults, # The scores of the run
+    claim:str, # What the paper claims
+    paper_section:str, # Where
+    deciding_statistic:str, # What would decide it
+    result:str, # What this run has
+    direction, # True for the claim, False against it, `tie`, or None if not measured
+    models:list[str], # Models that the claim is about
+    decisive:bool=False, # Whether `result` is the deciding statistic
+)->dict: # Column to text
+    "A row of the table of claims"
+    missing = blocking_conditions(models, run.facts['values'], run.n_seeds)
+    if not decisive: missing.append('deciding statistic not computed')
+    return {'Claim': claim, 'Paper': paper_section, 'What would decide it': deciding_statistic,
+            'This run': result, 'Verdict': verdict(direction, missing)}
 
 # %% ../../nbs/6_report/83_claims.ipynb #9ccc39b7
 def gan_claims(
     results:RunResults,
-)->list[dict]: # Rows as returned by `RunResults.claim_row`
+)->list[dict]: # Rows as returned by `claim_row`
     "The paper's claims about the GANs"
     gans = ['wgan_gp', 'ac_gan', 'tac_gan']
     ssim = by_name(gans, results.selected_score, 'ssim')
     mmd = by_name(gans, results.selected_score, 'mmd2')
     mmd_order = [mmd['AC-GAN'], np.minimum(mmd['WGAN-GP'], mmd['TAC-GAN'])]
-    wgan_monotonicity = results.monotonicity('wgan_gp')
+    wgan_monotonicity = monotonicity(results.curve('wgan_gp', trained_only=True).ssim)
     change = by_name(gans[1:], results.change_after_best)
     variability = by_name(['tac_gan', 'ac_gan'], results.variability)
     return [
-        results.claim_row(
-            'TAC-GAN above AC-GAN above WGAN-GP', paper_section='Section 5',
+        claim_row(
+            results, 'TAC-GAN above AC-GAN above WGAN-GP', paper_section='Section 5',
             deciding_statistic='SSIM of the checkpoint selected by validation: paired by image, '
                                'three seeds each, corrected for three comparisons',
             result=format_scores(ssim),
             direction=ordering_holds(ssim.values()), models=gans),
-        results.claim_row(
-            'AC-GAN best by MMD', paper_section='Section 5',
+        claim_row(
+            results, 'AC-GAN best by MMD', paper_section='Section 5',
             deciding_statistic='unbiased MMD² with intervals by patient, three seeds',
             result=format_scores(mmd, 'mmd2'),
             direction=ordering_holds(mmd_order), models=gans),
-        results.claim_row(
-            'WGAN-GP improves slowly but steadily', paper_section='Section 4.1',
+        claim_row(
+            results, 'WGAN-GP improves slowly but steadily', paper_section='Section 4.1',
             deciding_statistic='share of steps between checkpoints in which SSIM increases, over '
                                'seeds',
             result=format_scores({'share of increases': wgan_monotonicity}),
             direction=ordering_holds([.5, wgan_monotonicity]), models=['wgan_gp']),
-        results.claim_row(
-            'AC-GAN and TAC-GAN get worse after their first checkpoint',
+        claim_row(
+            results, 'AC-GAN and TAC-GAN get worse after their first checkpoint',
             paper_section='Sections 4.1, 5',
             deciding_statistic='last SSIM minus the best before it, trained checkpoints only, '
                                'with an interval by patient',
             result=format_scores(change),
             direction=ordering_holds([np.maximum(*change.values()), 0]), models=gans[1:]),
-        results.claim_row(
+        claim_row(
+            results,
             "AC-GAN's orientation is unstable, TAC-GAN's is not", paper_section='Section 4.1',
             deciding_statistic="agreement of an image's side and axis across checkpoints; until "
                                "then, standard deviation of a pair's SSIM between checkpoints",
             result=format_scores(variability),
             direction=ordering_holds(variability.values()), models=gans[1:]),
-        results.claim_row(
-            'GANs collapse above 256 pixels', paper_section='Sections 3.3, 5',
+        claim_row(
+            results, 'GANs collapse above 256 pixels', paper_section='Sections 3.3, 5',
             deciding_statistic='trainings at 256 and 512 pixels, three seeds each: share of '
                                'collapsed ones, by diversity within a class',
             result='one size',
@@ -245,27 +252,30 @@ def _similarity_claims(results):
     ssim_text = format_scores(ssim)+(' (inside the mask)' if has_inside else ' (full images)')
     mmd = by_name(both, results.selected_score, 'mmd2', 'raw')
     boundary_ssim = by_name(both, results.region_ssim, 'boundary', 'raw')
-    increases = by_name(both, results.monotonicity)
+    def share_of_increases(model):
+        return monotonicity(results.curve(model, trained_only=True).ssim)
+    increases = by_name(both, share_of_increases)
     return [
-        results.claim_row(
-            'FLUX above SDXL', paper_section='Sections 1.1, 5',
+        claim_row(
+            results, 'FLUX above SDXL', paper_section='Sections 1.1, 5',
             deciding_statistic='SSIM inside the mask, paired by image, three seeds',
             result=ssim_text,
             direction=ordering_holds(ssim.values()), models=both),
-        results.claim_row(
-            'FLUX better than SDXL by MMD', paper_section='Section 5',
+        claim_row(
+            results, 'FLUX better than SDXL by MMD', paper_section='Section 5',
             deciding_statistic='unbiased MMD² of the images before compositing, with intervals by '
                                'patient',
             result=format_scores(mmd, 'mmd2'),
             direction=ordering_holds([-v for v in mmd.values()]), models=both),
-        results.claim_row(
+        claim_row(
+            results,
             "FLUX's curve is the smoother one", paper_section='Section 5',
             deciding_statistic='share of steps between checkpoints in which SSIM increases, over '
                                'seeds',
             result=format_scores(increases),
             direction=ordering_holds(increases.values()), models=both),
-        results.claim_row(
-            'FLUX blends, SDXL does not', paper_section='Sections 4.2, 5',
+        claim_row(
+            results, 'FLUX blends, SDXL does not', paper_section='Sections 4.2, 5',
             deciding_statistic='SSIM along the mask boundary of the images before compositing, '
                                'paired by image',
             result=format_scores(boundary_ssim),
@@ -279,19 +289,20 @@ def _training_claims(results):
     diversity = {c: results.set_metric_curve('flux', c) for c in ('recall', 'coverage', 'vendi')}
     changes = [f'{c} from {v[0]:.3f} to {v[-1]:.3f}' for c, v in diversity.items() if v]
     return [
-        results.claim_row(
-            'SDXL is best at its first checkpoint', paper_section='Section 4.2',
+        claim_row(
+            results, 'SDXL is best at its first checkpoint', paper_section='Section 4.2',
             deciding_statistic='epoch of the best SSIM, with a bootstrap over patients',
             result=peak_text,
             direction=peak_is_first, models=['sdxl']),
-        results.claim_row(
-            'The boosted learning rate makes FLUX worse: no ceiling yet', paper_section='Section 5',
+        claim_row(
+            results, 'The boosted learning rate makes FLUX worse: no ceiling yet',
+            paper_section='Section 5',
             deciding_statistic='change of SSIM during the boosted epochs, compared with a control '
                                'at the normal learning rate',
             result=format_scores(boost)+' (no control)',
             direction=ordering_holds([boost['FLUX'], 0]), models=['flux']),
-        results.claim_row(
-            'A plateau of MMD is a sign of diversity', paper_section='Section 5',
+        claim_row(
+            results, 'A plateau of MMD is a sign of diversity', paper_section='Section 5',
             deciding_statistic='recall, coverage or Vendi score during training, beside an '
                                'unbiased MMD² that no longer decreases',
             result=', '.join(changes) or 'no measure of diversity in this run',
@@ -300,14 +311,14 @@ def _training_claims(results):
 # %% ../../nbs/6_report/83_claims.ipynb #f3439fb0
 def diffusion_claims(
     results:RunResults,
-)->list[dict]: # Rows as returned by `RunResults.claim_row`
+)->list[dict]: # Rows as returned by `claim_row`
     "The paper's claims about the diffusion models"
     return _similarity_claims(results)+_training_claims(results)
 
 # %% ../../nbs/6_report/83_claims.ipynb #02b3c22b
 def comparison_claims(
     results:RunResults,
-)->list[dict]: # Rows as returned by `RunResults.claim_row`
+)->list[dict]: # Rows as returned by `claim_row`
     "The paper's claims about GANs against diffusion models, and about the use of synthetic images"
     models = list(MODEL_NAMES)
     best = results.tables['best_checkpoints']
@@ -316,16 +327,16 @@ def comparison_claims(
         largest = best[(best.task==task) & (best.metric=='mmd2')].noise_improvement.max()
         improvements.append(f'{task} none' if pd.isna(largest) else f'{task} {largest:.2f}')
     return [
-        results.claim_row(
-            'Diffusion above GANs', paper_section='Sections 5, 6',
+        claim_row(
+            results, 'Diffusion above GANs', paper_section='Sections 5, 6',
             deciding_statistic='no score of full images can: both on the same region, inside the '
                                'mask, compared with the same baselines',
             result=f'largest improvement of MMD² over noise: {", ".join(improvements)}, which does '
                    'not '
             'decide it',
             direction=None, models=models),
-        results.claim_row(
-            'Synthetic images are good enough to train classifiers',
+        claim_row(
+            results, 'Synthetic images are good enough to train classifiers',
             paper_section='Sections 1.1, 6',
             deciding_statistic='accuracy on real images of a classifier trained with and without '
                                'them',

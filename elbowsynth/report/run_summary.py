@@ -113,7 +113,7 @@ def stage_values(
     "The parameters of a run's stages, as far as they are recorded"
     return {stage['name']: stage['values'] for stage in read_stage_files(run)}
 
-# %% ../../nbs/6_report/80_run_summary.ipynb #931b1338
+# %% ../../nbs/6_report/80_run_summary.ipynb #a4c40dfd
 def is_simulated(
     values:dict[str,dict], # As returned by `stage_values`
 )->bool: # False also if the source of the images is not recorded
@@ -121,6 +121,7 @@ def is_simulated(
     data = values.get('preprocess', {}).get('data', '')
     return data==values.get('phantom', {}).get('out', 'raw')
 
+# %% ../../nbs/6_report/80_run_summary.ipynb #931b1338
 def data_source_text(
     values:dict[str,dict], # As returned by `stage_values`
 )->str: # Markdown
@@ -225,7 +226,7 @@ def read_rejects(
     "Files that could not be read as radiographs"
     return read_stage_file(Path(images)/'rejects.csv', 'preprocess', keep_default_na=False)
 
-# %% ../../nbs/6_report/80_run_summary.ipynb #ff5c784c
+# %% ../../nbs/6_report/80_run_summary.ipynb #61c2f578
 def preprocessing_counts(
     images:Path, # Folder that `preprocess` wrote
 )->dict[str,int]: # Of files: n_images, n_overlay, n_inverted, n_cropped, n_rejected
@@ -236,6 +237,7 @@ def preprocessing_counts(
             'n_cropped': int((table.kept_fraction<1).sum()),
             'n_rejected': len(read_rejects(images))}
 
+# %% ../../nbs/6_report/80_run_summary.ipynb #ff5c784c
 def preprocessing_text(
     counts:dict, # As returned by `preprocessing_counts`; empty if not recorded
 )->str: # Markdown
@@ -319,7 +321,7 @@ def noise_scores(
     baseline = 'noise_mask' if model in metrics_info.get('inpainting_models', []) else 'noise'
     return dict(metrics_info.get('baselines', {}).get(baseline, {}))
 
-# %% ../../nbs/6_report/80_run_summary.ipynb #5807ac48
+# %% ../../nbs/6_report/80_run_summary.ipynb #84b43fe9
 BASELINE_NAMES = {
     'noise': 'noise', 'flat_gray': 'a flat gray image', 'mean_image': 'the mean training image',
     'noise_mask': 'noise inside the mask', 'mean_fill': 'a mask filled with the mean gray',
@@ -335,6 +337,7 @@ def _beaten_model_text(rows, metric):
     score = format_score(rows.score.iloc[0], metric)
     return f'{model_names(rows.model[:1])} ({score}) by {", ".join(baselines)}'
 
+# %% ../../nbs/6_report/80_run_summary.ipynb #5807ac48
 def baselines_text(
     comparison:pd.DataFrame, # As in `baseline_comparison.csv`
 )->str: # Markdown

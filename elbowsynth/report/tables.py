@@ -185,13 +185,14 @@ def table7(
                'FLUX paper']
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../../nbs/6_report/82_tables.ipynb #59b491b9
+# %% ../../nbs/6_report/82_tables.ipynb #801f0272
 def shorten_path(
     value, # Of a parameter
 ): # The last part of an absolute path; else `value`
     "Remove the folders of an absolute path"
     return Path(value).name if isinstance(value, str) and value.startswith('/') else value
 
+# %% ../../nbs/6_report/82_tables.ipynb #59b491b9
 def run_facts(
     run:Path, # Folder of the run
 )->dict: # run, counts, classes, values, seconds, versions, masks, preprocessing
@@ -218,7 +219,7 @@ def run_facts(
             'seconds': seconds, 'versions': versions, 'masks': mask_counts(pairs),
             'preprocessing': preprocessing}
 
-# %% ../../nbs/6_report/82_tables.ipynb #ad9ce250
+# %% ../../nbs/6_report/82_tables.ipynb #fdc73bc0
 def is_result(
     path:Path, # A file in `metrics/` or `figures/`
     max_bytes:int, # Of a table
@@ -229,6 +230,7 @@ def is_result(
     if path.stat().st_size>max_bytes: return False
     return path.suffix!='.svg' or b'data:image' not in path.read_bytes()
 
+# %% ../../nbs/6_report/82_tables.ipynb #ad9ce250
 def collect_results(
     run:Path, # Folder of the run
     out:Path, # Folder to fill; its contents are removed first
