@@ -127,6 +127,11 @@ def test_all_errors_of_a_configuration_are_reported_together():
     with pytest.raises(ValueError) as error: resolve_config(config, world_size=2)
     assert all(m in str(error.value) for m in messages)
 
+def test_mixed_dtypes_that_cannot_sample_are_refused_at_the_start():
+    with pytest.raises(ValueError, match="text_encoder_dtype='bfloat16' differs from prior_dtype='float32': expected train_dtype"):
+        resolve_config(make_config(SDXL, text_encoder_dtype='bfloat16'))
+    resolve_config(make_config(SDXL, text_encoder_dtype='bfloat16', train_dtype='bfloat16'))
+
 def test_unknown_options_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"unknown option 'base' \(did you mean base_model\?\); unknown option 'zzz'"):
         train_sdxl(TOY, PAIRS, tmp_path/'out', base='tiny-sdxl', zzz=1)
@@ -558,7 +563,8 @@ EFFECTS = {
     'loss_scaler': ('batch', dict(optimizer='adamw', max_grad_norm=0.)), 'unmasked_probability': (1., {}),
     'sample_masked_latents': (False, {}), 'flip_probability': (1., {}), 'max_translation_px': (8, {}),
     'fixed_augmentation': (True, dict(flip_probability=.5)), 'weight_dtype': ('bfloat16', {}),
-    'prior_dtype': ('bfloat16', dict(train_dtype='bfloat16')), 'text_encoder_dtype': ('bfloat16', {}), 'vae_dtype': ('bfloat16', {}),
+    'prior_dtype': ('bfloat16', dict(train_dtype='bfloat16')),
+    'text_encoder_dtype': ('bfloat16', dict(train_dtype='bfloat16')), 'vae_dtype': ('bfloat16', {}),
     'train_dtype': ('bfloat16', {}), 'seed': (1, {})}
 FLUX_EFFECTS = {'timestep_offset': (.01, {}), 'max_sequence_length': (20, {}), 'guidance_scale': (1., {}),
                 'loss_weight_fn': ('sigma', {}), 'text_encoder_2': ('frozen', {})}

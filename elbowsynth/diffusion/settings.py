@@ -226,6 +226,10 @@ def dtype_errors(
     train, prior = config.train_dtype, config.prior_dtype
     if train not in ('bfloat16', 'float16', prior):
         errors.append(f'train_dtype={train!r} has no effect on {prior} weights')
+    encoders = config.text_encoder_dtype
+    if encoders!=prior and train not in ('bfloat16', 'float16'):
+        errors.append(f'text_encoder_dtype={encoders!r} differs from prior_dtype={prior!r}: '
+                      'expected train_dtype bfloat16 or float16, which sampling casts both to')
     return errors
 
 # %% ../../nbs/4_diffusion/44_settings.ipynb #f2d9b539
