@@ -507,10 +507,11 @@ def environment(
     cache.mkdir(parents=True, exist_ok=True)
     of_lab = [f'ELBOWSYNTH_{name}' for name in ('PROFILE', 'RUN', 'DATA')]
     slow = 'PYTHONDONTWRITEBYTECODE'        # each process would compile all packages anew
-    dropped = ['MPLBACKEND', 'JPY_SESSION_NAME', 'PYTHONPATH', slow, *of_lab]
+    dropped = ['MPLBACKEND', 'JPY_SESSION_NAME', slow, *of_lab]
     variables = {k: v for k,v in os.environ.items() if k not in dropped}
     variables |= {
-        'ELBOWSYNTH_RUNNER': '1', 'JUPYTER_PREFER_ENV_PATH': '1', 'PYTHONNOUSERSITE': '1',
+        'ELBOWSYNTH_RUNNER': '1', 'PYTHONPATH': str(root()),    # the library of this checkout
+        'JUPYTER_PREFER_ENV_PATH': '1', 'PYTHONNOUSERSITE': '1',
         'PYTHONHASHSEED': '0', 'HF_HUB_DISABLE_TELEMETRY': '1', 'DO_NOT_TRACK': '1',
         'ELBOWSYNTH_USER_XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME', ''),
         'XDG_CACHE_HOME': str(cache), 'IPYTHONDIR': str(cache/'ipython'),
