@@ -8,7 +8,7 @@ __all__ = ['root', 'require_path', 'sync_to_disk', 'atomic_write', 'round_floats
            'LazyPackage', 'lazy_exports']
 
 # %% ../nbs/0_core/00_core.ipynb #e349a2ba
-import glob, hashlib, importlib, json, os, sys, time, types
+import glob, hashlib, importlib, json, os, re, sys, time, types
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,18 +26,22 @@ def root()->Path: # Nearest folder upward that has this study's `settings.ini`
         'no checkout of elbowsynth: settings.ini is neither above the working directory '
         'nor above the package; fix: clone the repository and run in it')
 
-# %% ../nbs/0_core/00_core.ipynb #7ae41a68
+# %% ../nbs/0_core/00_core.ipynb #f7288d45
 def _writer(name):
     "Text that names the stage called `name`, or the one that writes a folder `name` by default"
-    from elbowsynth.stages import stages
-    try: known = stages(root()/'nbs')
-    except FileNotFoundError: known = []                                    # no checkout
-    for stage in sorted(known, key=lambda s: s.name!=name):
-        notebook = stage.path.relative_to(root()).as_posix()
-        if name in (stage.name, stage.defaults['out']):
-            return f'the stage `{stage.name}` ({notebook}) writes it; fix: run that notebook first'
+    try: paths = sorted((root()/'nbs').rglob('[0-9]*.ipynb'))
+    except FileNotFoundError: paths = []                                    # no checkout
+    writers = {}                                                            # notebook to its folder
+    for path in paths:
+        found = re.search(r'out: str = \\*"(\w+)', path.read_text(encoding='utf-8'))
+        if found and path.parent.name!='.ipynb_checkpoints': writers[path] = found[1]
+    for path,folder in sorted(writers.items(), key=lambda o: not o[0].stem.endswith(f'_{name}')):
+        stage, notebook = path.stem.partition('_')[2], path.relative_to(root()).as_posix()
+        if name in (stage, folder):
+            return f'the stage `{stage}` ({notebook}) writes it; fix: run that notebook first'
     return f'a stage with out = {name!r} writes it; fix: run that stage first'
 
+# %% ../nbs/0_core/00_core.ipynb #7ae41a68
 def require_path(
     path:Path, # File or folder that an earlier stage writes
     stage:str, # That stage, or the folder that it writes
@@ -147,11 +151,12 @@ def progress(
                 print(f'{desc}: {i} of {total}, {elapsed} so far, about {left} left', flush=True)
                 last_line = now
 
-# %% ../nbs/0_core/00_core.ipynb #2812dc11
+# %% ../nbs/0_core/00_core.ipynb #222cfc25
 def n_cores()->int:
     "Number of processor cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
+# %% ../nbs/0_core/00_core.ipynb #2812dc11
 def parallel_map(
     f, # Function of one item that spends its time in numpy, OpenCV or files
     items, # Items; requested one at a time

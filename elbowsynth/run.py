@@ -337,7 +337,7 @@ def exit_with_parent(
         try: os.kill(pid, 0)
         except ProcessLookupError: os._exit(1)
 
-# %% ../nbs/9_run/90_run.ipynb #bb67e3d5
+# %% ../nbs/9_run/90_run.ipynb #c2dd0bd4
 def _read_cells(notebook):
     "Cells of a notebook; empty if there is no such file"
     return json.loads(notebook.read_text(encoding='utf-8'))['cells'] if notebook.exists() else []
@@ -347,6 +347,7 @@ def _has_failed(cell):
     if cell['metadata'].get('papermill', {}).get('status')=='failed': return True
     return any(o['output_type']=='error' for o in cell.get('outputs', []))
 
+# %% ../nbs/9_run/90_run.ipynb #bb67e3d5
 def failure_message(
     error:Exception, # What papermill raised
     notebook:Path, # The notebook
@@ -534,7 +535,7 @@ def acquire_lock(
     raise RuntimeError(f'another study is running in {path.parent}; '
                        'fix: wait until it ends, or choose another folder with RUN=NAME')
 
-# %% ../nbs/9_run/90_run.ipynb #cc904f3a
+# %% ../nbs/9_run/90_run.ipynb #9d0b7222
 def _words_path(folder):
     "The file for what Snakemake says"
     path = folder/'logs'/'workflow.log'
@@ -547,6 +548,7 @@ def _has_reported(folder, stage):
     record = folder/'logs'/f'{stage}.json'
     return record.is_file() and 'failed' in json.loads(record.read_text())
 
+# %% ../nbs/9_run/90_run.ipynb #cc904f3a
 def explain_failure(
     folder:Path, # Folder of a run
     words:str, # What Snakemake has said

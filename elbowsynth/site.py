@@ -170,7 +170,7 @@ def map_non_code(
     parts = re.split(r'(^```.*?^```|`[^`\n]*`)', text, flags=re.S|re.M)
     return ''.join(part if i%2 else transform(part) for i, part in enumerate(parts))
 
-# %% ../nbs/9_run/91_site.ipynb #549747b6
+# %% ../nbs/9_run/91_site.ipynb #e9a8178e
 LABEL_KINDS = {'fig': 'Figure', 'tbl': 'Table', 'eq': 'Equation'}
 
 def _next_name(labels, label):
@@ -179,6 +179,7 @@ def _next_name(labels, label):
     number = 1+sum(name.startswith(kind) for name in labels.values())
     return labels.setdefault(label, f'{kind} {number}')
 
+# %% ../nbs/9_run/91_site.ipynb #549747b6
 def number_labels(
     text:str, # Markdown
     labels:dict[str,str], # Label to its name, in the order of the page; new ones are added

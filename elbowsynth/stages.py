@@ -316,7 +316,7 @@ def run_folder(
 
 MAX_RUN_NAME = 100 # Bytes; file systems allow 255 for a name, and files are named after the run
 
-# %% ../nbs/0_core/01_stages.ipynb #1eb6d5a5
+# %% ../nbs/0_core/01_stages.ipynb #41939271
 def recorded_data(
     run_dir:Path, # Folder of a run
 )->str|None: # Folder of the user's radiographs, empty for simulated ones; None if not recorded
@@ -328,6 +328,7 @@ def recorded_data(
         except (ValueError, KeyError):
             raise ValueError(f'{path} is damaged; fix: delete it') from None
 
+# %% ../nbs/0_core/01_stages.ipynb #1eb6d5a5
 def claim_data(
     run_dir:Path, # Folder of a run
     data_dir:str, # Absolute path of the user's radiographs; empty for simulated ones
@@ -398,7 +399,7 @@ def _refuse_busy_folder(run_dir, out):
                 f'a study is running in {run_dir.name} and writes its folder {out}; nothing was '
                 'changed; fix: wait until it ends, or type another folder for `run` or `out`')
 
-# %% ../nbs/0_core/01_stages.ipynb #ff941daa
+# %% ../nbs/0_core/01_stages.ipynb #4fd8cc7f
 def _below_parameters(cells):
     "Cells of a stage notebook below its parameters and the call of `notebook_profile`"
     start = 0
@@ -416,6 +417,7 @@ def _show_outputs(executed):
             if output.output_type=='stream': print(output.text, end='')
             elif 'data' in output: display(dict(output.data), raw=True)
 
+# %% ../nbs/0_core/01_stages.ipynb #ff941daa
 class StageFinished(Exception):
     "The stage of the open notebook is finished, so the cells below do not run"
     def _render_traceback_(self): return [str(self)]            # IPython shows no traceback
@@ -437,7 +439,7 @@ def _stop_if_finished(stage, run_dir, values, typed):
         + f'\nTo run it here, type another folder for its results above this cell, as in '
           f'out = "{values["out"]}_2", and run from there.')
 
-# %% ../nbs/0_core/01_stages.ipynb #d102e1b1
+# %% ../nbs/0_core/01_stages.ipynb #25993ebf
 def _say_how_to_resume():
     "In a notebook, an interruption of a cell ends with a sentence on how to go on"
     from IPython import get_ipython
@@ -449,6 +451,7 @@ def _say_how_to_resume():
               'the notebook from its top.')
     shell.set_custom_exc((KeyboardInterrupt,), show_interruption)
 
+# %% ../nbs/0_core/01_stages.ipynb #d102e1b1
 def _describe_values(stage, variables, typed, offered):
     "Where the values of an open notebook come from: a line for each that is no default"
     profile = os.environ.get('ELBOWSYNTH_PROFILE') or 'demo'

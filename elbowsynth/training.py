@@ -411,7 +411,7 @@ def all_finite(
     "Whether every weight and buffer of the networks is finite"
     return not any(first_nonfinite(module.state_dict()) for module in modules.values())
 
-# %% ../nbs/0_core/04_training.ipynb #7fb35ac5
+# %% ../nbs/0_core/04_training.ipynb #a0c6eb6e
 def _open_locked(path):
     "The open lock file, locked by this process; None if another process holds it"
     while True:
@@ -431,9 +431,10 @@ def remove_leftovers(
     folder:Path, # A folder that no other process writes into
 ):
     "Remove temporary files of an interrupted run and the record of a divergence"
-    for pattern in ('.part-*', 'diverged.json'):
-        for path in list(Path(folder).rglob(pattern)): path.unlink()
+    for path in list(Path(folder).rglob('.part-*')): path.unlink()
+    (Path(folder)/'diverged.json').unlink(missing_ok=True)      # trainings in it keep their own
 
+# %% ../nbs/0_core/04_training.ipynb #7fb35ac5
 @contextlib.contextmanager
 def lock_training(
     folder:Path, # Folder of a training; it need not exist
@@ -454,7 +455,7 @@ def lock_training(
         try: yield
         finally: path.unlink()
 
-# %% ../nbs/0_core/04_training.ipynb #8dcf8182
+# %% ../nbs/0_core/04_training.ipynb #59c1b0e2
 def _setting_changes(folder, config):
     "Texts such as `lr was 1e-05, is 0.0001`; raises `DamagedFile` if `config.json` is unreadable"
     path = Path(folder)/'config.json'
@@ -472,6 +473,7 @@ def _set_aside(folder, reason):
     folder.rename(aside)
     print(f'{reason}: its settings are unknown; it is kept as {aside.name}')
 
+# %% ../nbs/0_core/04_training.ipynb #8dcf8182
 def claim_training_dir(
     folder:Path, # Folder of a training
     config:dict, # All that its weights depend on, except the length of the training

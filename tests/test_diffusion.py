@@ -650,30 +650,31 @@ def test_all_adapters_of_a_lora_are_loaded_or_none(change, tmp_path):
 
 def test_onetrainer_folders_are_read_as_other_images(tmp_path, capsys):
     "16 bits, color, alpha, masks of 0 and 1, gray masks, byte-order marks; all faults in one report"
+    names = TOY.names
     folder = write_onetrainer_folder(tmp_path/'data', TOY)
-    Image.fromarray(TOY.images[0].astype(np.uint16)*257).save(folder/'film0.png')
-    Image.fromarray(np.dstack([TOY.images[1]]*3)).save(folder/'film1.png')
-    Image.fromarray(np.dstack([TOY.images[2]]*3+[np.full((32, 32), 255, np.uint8)])).save(folder/'film2.png')
-    Image.fromarray(TOY.masks[0]//255).save(folder/'film0-masklabel.png')
-    Image.fromarray(TOY.masks[1]//2).save(folder/'film1-masklabel.png')
-    Image.fromarray(np.dstack([TOY.masks[2]]*3)).save(folder/'film2-masklabel.png')
-    (folder/'film3.txt').write_bytes(b'\xef\xbb\xbf'+TOY.captions[3].encode())
+    Image.fromarray(TOY.images[0].astype(np.uint16)*257).save(folder/f'{names[0]}.png')
+    Image.fromarray(np.dstack([TOY.images[1]]*3)).save(folder/f'{names[1]}.png')
+    Image.fromarray(np.dstack([TOY.images[2]]*3+[np.full((32, 32), 255, np.uint8)])).save(folder/f'{names[2]}.png')
+    Image.fromarray(TOY.masks[0]//255).save(folder/f'{names[0]}-masklabel.png')
+    Image.fromarray(TOY.masks[1]//2).save(folder/f'{names[1]}-masklabel.png')
+    Image.fromarray(np.dstack([TOY.masks[2]]*3)).save(folder/f'{names[2]}-masklabel.png')
+    (folder/f'{names[3]}.txt').write_bytes(b'\xef\xbb\xbf'+TOY.captions[3].encode())
     read = read_onetrainer_folder(folder, 32)
     assert np.array_equal(read.images, TOY.images) and np.array_equal(read.masks, TOY.masks)
     assert read.images.dtype == read.masks.dtype == np.uint8 and read.captions == TOY.captions
     assert capsys.readouterr().out == ''
-    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(folder/'film4-masklabel.png')
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(folder/f'{names[4]}-masklabel.png')
     read_onetrainer_folder(folder, 32)
-    assert 'data: 1 of 6 masks cover over 90 % of their image, which is generated anew: film4' in capsys.readouterr().out.replace('90%', '90 %')
+    assert 'data: 1 of 6 masks cover over 90 % of their image, which is generated anew: '+names[4] in capsys.readouterr().out.replace('90%', '90 %')
 
-    Image.fromarray(TOY.masks[0]*0).save(folder/'film0-masklabel.png')
-    Image.fromarray(np.ones((16, 16), np.uint8)).save(folder/'film1-masklabel.png')
-    (folder/'film2.txt').write_bytes('Bruch'.encode('utf-16'))
-    (folder/'film3.png').write_bytes(b'')
-    shutil.copy(folder/'film5.png', folder/'.hidden.png')
+    Image.fromarray(TOY.masks[0]*0).save(folder/f'{names[0]}-masklabel.png')
+    Image.fromarray(np.ones((16, 16), np.uint8)).save(folder/f'{names[1]}-masklabel.png')
+    (folder/f'{names[2]}.txt').write_bytes('Bruch'.encode('utf-16'))
+    (folder/f'{names[3]}.png').write_bytes(b'')
+    shutil.copy(folder/f'{names[5]}.png', folder/'.hidden.png')
     with pytest.raises(ValueError) as error: read_onetrainer_folder(folder, 32)
-    for message in ('film0-masklabel.png is a mask without white pixels', 'film1-masklabel.png is 16 pixels wide, its image 32',
-                    'film2.txt is not UTF-8 text', 'film3.png cannot be read: it is empty'):
+    for message in (f'{names[0]}-masklabel.png is a mask without white pixels', f'{names[1]}-masklabel.png is 16 pixels wide, its image 32',
+                    f'{names[2]}.txt is not UTF-8 text', f'{names[3]}.png cannot be read: it is empty'):
         assert message in str(error.value)
 
 def test_cut_captions_are_reported(tmp_path, capsys):

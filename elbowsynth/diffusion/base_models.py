@@ -15,7 +15,7 @@ from ..core import root
 from ..data.classes import caption, PATHOLOGIES, VIEWS
 from .model_sizes import check_weights
 
-# %% ../../nbs/4_diffusion/42_base_models.ipynb #a2b4a989
+# %% ../../nbs/4_diffusion/42_base_models.ipynb #5fb98b58
 _WEIGHTED_COMPONENTS = ('vae', 'unet', 'transformer', 'text_encoder', 'text_encoder_2')
 
 def _missing_weights(component):
@@ -28,6 +28,7 @@ def _missing_weights(component):
     single = [p for p in component.glob('*.safetensors') if p.name.count('.')==1]
     return [] if single else ['*.safetensors']
 
+# %% ../../nbs/4_diffusion/42_base_models.ipynb #a2b4a989
 def missing_files(
     folder:Path, # Folder of a saved pipeline
 )->list[str]: # Relative to `folder`; empty if complete
@@ -254,13 +255,14 @@ def load_base_pipeline(
                                           use_safetensors=True, local_files_only=True, **options)
     return prepare_pipeline(pipe, dtype, device)
 
-# %% ../../nbs/4_diffusion/42_base_models.ipynb #4f1613be
+# %% ../../nbs/4_diffusion/42_base_models.ipynb #db7eaaf6
 def _lora_file_tensors(pipe, lora):
     "Names of the tensors in a LoRA file, as diffusers reads them"
     state = pipe.lora_state_dict(str(lora))
     state = state[0] if isinstance(state, tuple) else state
     return [name for name in state if not name.endswith('alpha')]
 
+# %% ../../nbs/4_diffusion/42_base_models.ipynb #4f1613be
 def load_lora(
     pipe, # A pipeline
     lora:Path, # Folder or file of adapters that were trained on its base model

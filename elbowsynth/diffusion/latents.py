@@ -78,7 +78,7 @@ def _is_training_image(path):
     is_image = path.suffix.lower() in ('.png', '.jpg', '.jpeg') and not path.name.startswith('.')
     return is_image and not path.stem.endswith(('-masklabel', '-condlabel'))
 
-# %% ../../nbs/4_diffusion/43_latents.ipynb #6db64da4
+# %% ../../nbs/4_diffusion/43_latents.ipynb #43424284
 def _missing_files(image_paths):
     "Masks and captions that are missing, and names that two images share"
     if not image_paths: return ['no images found']
@@ -88,6 +88,7 @@ def _missing_files(image_paths):
     twice = sorted({stem for stem in stems if stems.count(stem)>1})
     return missing+[f'{stem} is the name of two images' for stem in twice]
 
+# %% ../../nbs/4_diffusion/43_latents.ipynb #6db64da4
 def _read_sample(path):
     "Image, mask and caption of one sample, None for one that cannot be read, and all errors"
     readers = [(path, read_gray8), (_mask_path(path), read_mask),

@@ -421,7 +421,7 @@ def train_denoiser(
     ema.copy_to_model()
     return done
 
-# %% ../../nbs/4_diffusion/52_pretraining.ipynb #7d5b7e79
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #e73463c1
 def _cached_images(path, n, size):
     "The first images of a cache file; None if it is missing, damaged, too short or of another size"
     if not path.exists(): return None
@@ -433,6 +433,7 @@ def _cached_images(path, n, size):
     print(f'{path.name} has {len(images)} images of {images.shape[1]} pixels, expected {n} of '
           f'{size}: it is made anew')
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #7d5b7e79
 def training_images(
     out:Path, # Folder in which they are cached
     n_images:int, # Training images
