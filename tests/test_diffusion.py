@@ -529,6 +529,13 @@ def test_a_finished_training_follows_harmless_changes(undisturbed, tmp_path):
     assert {p.stem for p in (out/'raw'/'0003').iterdir()} == set(PAIRS.names)   # the toy always writes these
     assert evaluation_config(PAIRS, SDXL) != evaluation_config(other_pairs, SDXL)
 
+def test_fewer_epochs_than_were_trained_change_nothing(undisturbed, tmp_path, capsys):
+    out = tmp_path/'run'/'out'
+    shutil.copytree(undisturbed.parent, out.parent)
+    toy_tune(out, epochs=1, boost_epochs=0)
+    assert 'out: already at step 6; these epochs end at step 3' in capsys.readouterr().out
+    assert same_files(undisturbed, out)
+
 def test_a_fresh_start_says_why(tmp_path, capsys):
     toy_tune(tmp_path/'out', epochs=1, boost_epochs=0)
     assert 'out: starts at step 0 of 3 (no checkpoint yet)' in capsys.readouterr().out

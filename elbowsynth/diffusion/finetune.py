@@ -485,7 +485,7 @@ def resume_point(
     if step>schedule.main_steps>0 and not is_saved and main_path.exists():
         checkpoint, step = main_path, load_checkpoint(main_path, {})['step']
     barrier(distributed)
-    if distributed.rank==0:
+    if distributed.rank==0 and step<=schedule.total_steps:
         prune_epochs(out, lambda epoch: -(-epoch*n//config.batch_size)<=step)
     barrier(distributed)
     return schedule, checkpoint, step, reason
@@ -498,6 +498,10 @@ def is_complete(
 )->bool:
     "Whether all steps are done, the last checkpoint has samples and the model is saved"
     if step<schedule.total_steps: return False
+    if step>schedule.total_steps:
+        print(f'{Path(out).name}: already at step {step}; these epochs end at step '
+              f'{schedule.total_steps}')
+        return True
     last_epoch = schedule.checkpoints[schedule.total_steps]
     is_saved = is_saved_at(out, schedule.main_steps, config.output_dtype)
     if schedule.main_steps and not is_saved: return False
