@@ -42,7 +42,7 @@ test: install ## Run the tests; ALL=1 includes those that take minutes
 fuzz: install ## Run the property tests with new random examples
 	@ELBOWSYNTH_ALL="$(ALL)" ELBOWSYNTH_HYPOTHESIS=new $(IN)python -m pytest tests -m hypothesis
 
-mutants: install ## Plant bugs in a copy of the library and see that tests fail, about ten minutes (ONLY="words")
+mutants: install ## Plant bugs in a copy of the library and see that tests fail, a quarter of an hour (ONLY="words")
 	@$(IN)python tests/mutants/run.py $(ONLY)
 
 bench: install ## Run benchmarks against reference implementations into bench/results, about an hour (BENCH="gans metrics")

@@ -15,7 +15,7 @@ __all__ = ['MARKUP', 'CONTENT_SECURITY_POLICY', 'METRIC_NAMES', 'METRIC_VARIANTS
 import json, re
 import numpy as np, pandas as pd
 from pathlib import Path
-from ..core import require_path, root
+from ..core import content_hash, require_path, root
 from ..stages import Stage, option_defaults, stages
 from ..paper import MODEL_NAMES, PAPER_TABLE1
 from ..data.labels import read_pairs, unescape_cells
@@ -44,7 +44,8 @@ def show_table(
     **format_kwargs, # Of `Styler.format`, such as `precision`
 ): # A table for a notebook and its report
     "Show a table without its index, with its cells and headings as text"
-    styler = table.style.format(escape='html', **format_kwargs)
+    ids = content_hash(table.to_csv())                      # pandas would draw them at random
+    styler = table.style.set_uuid(ids).format(escape='html', **format_kwargs)
     return styler.format_index(escape='html', axis='columns').hide(axis='index')
 
 # %% ../../nbs/6_report/80_run_summary.ipynb #8a5c4199
