@@ -3,7 +3,8 @@
     python bench/preprocess.py                 images per second on one core and on two, memory for
                                                N and 4N images, next to a reference implementation
     python bench/preprocess.py --accuracy 500  500 images with all artifacts: errors of polarity and
-                                               crop, overlay removed, markers kept; --sheet FILE
+                                               crop, overlay removed, markers kept (a marker that
+                                               text crosses is taken out whole); --sheet FILE
                                                writes pictures of the wrong ones
 """
 import os
@@ -115,7 +116,8 @@ def evaluate(i, size, seed):
            'crop_at_2': ' '.join(crop_errors(gray, box, made.field, near_overlay, .02)),
            'deviates_by_2': deviation>.02,
            'removed': float((removed & made.overlay).sum()/max(1, made.overlay.sum())),
-           'marker_removed': bool((removed & far_from_overlay)[top:bottom, left:right].mean()>.03)}
+           'marker_removed': not made.overlay[top:bottom, left:right].any() and bool(
+               (removed & far_from_overlay)[top:bottom, left:right].mean()>.03)}
     if not row['polarity'] and not row['crop']: return row, None
     picture = np.repeat(to_grayscale(made.image)[..., None], 3, 2)
     for (top,left,bottom,right),color in ((made.field, (0, 255, 0)), (box, (0, 0, 255))):

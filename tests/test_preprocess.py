@@ -7,9 +7,10 @@ from PIL import Image
 from elbowsynth.core import parallel_map, root
 from elbowsynth.data.classes import PATHOLOGIES
 from elbowsynth.data.images import read_image, to_grayscale
+from elbowsynth.data.masks import estimate_joint, estimate_limb_axes, heuristic_mask
 from elbowsynth.data.preprocess import (
-    clahe, crop_errors, crop_padding, CropGeometry, fix_polarity, from_square, original_to_square,
-    preprocess, preprocess_folder, remove_overlay, square_frame, square_to_original,
+    clahe, crop_errors, crop_padding, CropGeometry, fix_polarity, from_square, main,
+    original_to_square, preprocess, preprocess_folder, remove_overlay, square_frame, square_to_original,
     stretch_contrast, to_square)
 from elbowsynth.phantom.phantom import ARTIFACTS, phantom
 
@@ -69,9 +70,11 @@ def evaluate(radiograph):
     near_overlay = cv2.dilate(radiograph.overlay.astype(np.uint8), np.ones((5, 5)))>0
     wrong_edges = crop_errors(to_grayscale(without_overlay), box, radiograph.field, near_overlay)
     top,left,bottom,right = radiograph.marker
+    is_crossed = radiograph.overlay[top:bottom, left:right].any()    # then it is taken out whole
     return {'polarity': done.report['inverted']!=radiograph.inverted, 'crop': ' '.join(wrong_edges),
             'overlay_removed': float((removed & radiograph.overlay).sum()/max(1, radiograph.overlay.sum())),
             'marker_removed': bool((removed & ~near_overlay)[top:bottom, left:right].mean()>.1),
+            'marker_is_crossed': bool(is_crossed),
             'seed': radiograph.seed}
 
 @pytest.mark.parametrize('n', [60, pytest.param(500, marks=pytest.mark.long('500 simulated images, a minute'))])
@@ -86,7 +89,8 @@ def test_polarity_and_crop_are_correct_for_99_percent(n):
     wrong = results[results.polarity | (results.crop!='')]
     assert len(wrong)<=n/100, wrong.to_string()
     assert results.overlay_removed.mean()>.8
-    assert results.marker_removed.mean()<.02, 'lead markers were taken for overlay'
+    is_free = ~results.marker_is_crossed
+    assert results.marker_removed[is_free].mean()<.02, 'lead markers were taken for overlay'
 
 def test_images_without_artifacts_are_left_unchanged():
     for i in range(40):
@@ -323,3 +327,317 @@ def test_overlay_is_kept_on_request(tmp_path):
     assert not np.array_equal(read_image(tmp_path/'removed'/'a.png'), read_image(tmp_path/'kept'/'a.png'))
     failed = subprocess.run([*COMMAND, tmp_path/'nowhere', tmp_path/'x'], capture_output=True, text=True)
     assert failed.returncode==1 and 'Traceback' not in failed.stderr
+
+
+# --- every setting has its effect
+
+def plain_square(seed=3):
+    "A simulated radiograph of 256 x 256 that uses all gray levels, and needs no crop and no inversion"
+    image = phantom('LAT', ['normal'], side='L', age=30, seed=seed, size=256).image.astype(float)
+    return np.rint((image-image.min())/(image.max()-image.min())*255).astype(np.uint8)
+
+def full_range(image):
+    "Stretched so that one pixel in ten thousand is black, and one is white"
+    ordered = np.sort(image.ravel())
+    n = int(1e-4*image.size)
+    low, high = int(ordered[n]), int(ordered[-n-1])
+    return np.rint(np.clip((image.astype(float)-low)*255/(high-low), 0, 255)).astype(np.uint8)
+
+@pytest.mark.parametrize('clip_limit', [1., 2., 4.5, 12.])
+def test_the_clip_limit_is_that_of_opencv(clip_limit):
+    image = plain_square()
+    expected = cv2.createCLAHE(clip_limit, (8, 8)).apply(full_range(image)).astype(int)
+    done = preprocess(image, 256, clahe_clip_limit=clip_limit)
+    assert np.abs(done.image-expected).max()<=1
+    deep = preprocess(image.astype(np.uint16)*257, 256, clahe_clip_limit=clip_limit)
+    assert np.abs(deep.image-expected).mean()<.5
+
+def test_size_and_aspect_are_applied():
+    narrow = plain_square()[:, 60:220]
+    stretched, padded = (preprocess(narrow, 128, aspect=a).image for a in ('stretch', 'pad'))
+    assert stretched.shape==padded.shape==(128, 128)
+    margin = int((256-160)/2*128/256)                               # columns of padding on either side
+    assert not padded[:, :margin-1].any() and not padded[:, 129-margin:].any()
+    assert stretched[:, :margin-1].any() and stretched[:, 129-margin:].any()
+
+SETTINGS = {'size': (64, 96), 'aspect': ('stretch', 'pad'), 'clahe_clip_limit': (2., 9.),
+            'keep_overlay': (False, True)}
+
+@pytest.mark.parametrize('name', SETTINGS)
+@pytest.mark.parametrize('entrance', ['preprocess', 'folder', 'command'])
+def test_no_setting_is_ignored(tmp_path, name, entrance):
+    "Each of two values gives another image, the same through every entrance"
+    image = phantom('LAT', ['normal'], seed=2, size=320, artifacts=['overlay']).image[:, 20:]
+    folder = write_folder(tmp_path/'in', {'a.png': encode(Image.fromarray(image), 'PNG')})
+
+    def result(value):
+        arguments = {'size': 64, name: value}
+        if entrance=='preprocess': return preprocess(image, **arguments).image
+        out = tmp_path/'out'                                        # one folder: the second value replaces the first
+        if entrance=='folder': preprocess_folder(folder, out, **arguments)
+        else:
+            flags = []
+            for n,v in arguments.items():
+                flag = '--'+n.replace('_', '-')
+                flags += ([flag] if v else []) if isinstance(v, bool) else [flag, str(v)]
+            with pytest.raises(SystemExit) as end: main([str(folder), str(out), *flags])
+            assert not end.value.code
+        return read_image(out/'a.png')
+
+    results = [result(value) for value in SETTINGS[name]]
+    assert not np.array_equal(*results)
+    for value,found in zip(SETTINGS[name], results):
+        assert np.array_equal(found, preprocess(image, **{'size': 64, name: value}).image)
+
+
+# --- borders and polarity of real archives; the images are made here
+
+def arm_on_air(air=30., inverted=False, size=400):
+    "A blurred arm and its bone (float32); `inverted` gives bright air"
+    bone, tissue = np.zeros((2, 800, 800), np.float32)
+    cv2.line(bone, (400, 100), (380, 420), 1, 90)
+    cv2.line(bone, (380, 420), (620, 640), .9, 70)
+    cv2.line(tissue, (400, 60), (380, 430), 1, 230)
+    cv2.line(tissue, (380, 430), (660, 690), 1, 210)
+    image = air+70*cv2.GaussianBlur(tissue, (0, 0), 10)+90*cv2.GaussianBlur(bone, (0, 0), 6)
+    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+    return 235-image if inverted else image
+
+def contour_in_air(level, step=.8, position=.73, side='right'):
+    "Smooth air whose gray level falls by a little, an arm with noise, and a lead letter beyond the contour"
+    y, x = np.mgrid[:500, :480].astype(np.float32)
+    image = level+step*np.tanh((position*480-x)/30)
+    image += np.exp(-((x-210)/75)**4)*130+np.exp(-((x-210)/22)**4)*60
+    noise = np.random.default_rng(0).normal(0, 3, image.shape)
+    image = np.where(image>level+6, image+noise, image)
+    image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    cv2.putText(image, 'L', (415, 300), cv2.FONT_HERSHEY_SIMPLEX, .7, 230, 2)
+    image = cv2.imdecode(cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1], 0)
+    turns = {'right': 0, 'top': 1, 'left': 2, 'bottom': 3}[side]
+    return np.rot90(image, turns).copy()
+
+@pytest.mark.parametrize('side', ['right', 'top', 'left', 'bottom'])
+@pytest.mark.parametrize('level', [12, 25, 128])
+def test_a_contour_of_smooth_air_is_no_edge(level, side):
+    image = contour_in_air(level, side=side)
+    assert crop_padding(image)[1]==(0, 0, *image.shape)
+
+def test_noise_beside_padding_of_nearly_the_same_gray_level_is_an_edge():
+    noise = np.random.default_rng(1).normal(25.5, .5, (300, 280))
+    image = np.rint(noise+60*np.exp(-((np.arange(280)-140)/40)**4)).astype(np.uint8)
+    padded = np.pad(image, ((0, 0), (40, 0)), constant_values=24)
+    assert np.abs(np.subtract(crop_padding(padded)[1], (0, 40, 300, 320))).max()<=2
+
+def turned(image, degrees, gray_level, scale=.72):
+    "Turned about its center, on padding of one gray level"
+    h, w = image.shape
+    matrix = cv2.getRotationMatrix2D((w/2, h/2), degrees, scale)
+    return cv2.warpAffine(image, matrix, (w, h), borderValue=gray_level)
+
+@pytest.mark.parametrize('inverted', [False, True])
+@pytest.mark.parametrize('gray_level', [0, 100, 150, 190, 255])
+def test_padding_around_a_turned_field_does_not_decide_the_polarity(gray_level, inverted):
+    simulated = phantom('AP', ['normal'], seed=902, size=400).image
+    if inverted: simulated = 255-simulated
+    for image in (arm_on_air(inverted=inverted), simulated):
+        framed = turned(image, 12, gray_level).astype(np.uint8)
+        assert fix_polarity(framed)[1]==inverted
+
+@pytest.mark.parametrize('inverted', [False, True])
+@pytest.mark.parametrize('outside', [0, 255])
+def test_a_round_diaphragm_does_not_decide_the_polarity(outside, inverted):
+    y, x = np.mgrid[:400, :400]
+    image = np.where((x-200)**2+(y-205)**2<188**2, arm_on_air(inverted=inverted), outside)
+    assert fix_polarity(image.astype(np.uint8))[1]==inverted
+
+@pytest.mark.parametrize('inverted', [False, True])
+def test_shutters_between_two_exposures_do_not_decide_the_polarity(inverted):
+    for seed in (903, 905):
+        one = phantom('LAT', ['normal'], seed=seed, size=400).image[:, 75:325]
+        if inverted: one = 255-one
+        both = np.hstack([one, one[:, ::-1]])
+        both[:110] = both[:, :30] = both[:, 240:262] = both[:, -30:] = 250
+        assert fix_polarity(both)[1]==inverted
+
+@pytest.mark.parametrize('inverted', [False, True])
+def test_a_saturated_trunk_is_not_taken_for_air(inverted):
+    y, x = np.mgrid[:400, :400]
+    for seed in (900, 902, 903):
+        image = phantom(('AP', 'LAT')[seed%2], ['normal'], age=20, seed=seed, size=400).image
+        trunk = 300*cv2.GaussianBlur((y-.6*x>47).astype(np.float32), (0, 0), 9)
+        image = np.clip(np.maximum(image, trunk), 0, 255).astype(np.uint8)
+        assert fix_polarity(255-image if inverted else image)[1]==inverted
+
+
+# --- burned-in text and lead letters; the images are made here
+
+GREEN = (159, 220, 204)
+
+def tissue(h, w, gray):
+    "Soft tissue of one mean gray level, as RGB"
+    noise = np.random.default_rng(0).normal(0, 14, (h, w)).astype(np.float32)
+    image = np.clip(gray+cv2.GaussianBlur(noise, (0, 0), 1.2), 0, 255)
+    return np.repeat(image.astype(np.uint8)[..., None], 3, 2)
+
+def as_jpeg(image, quality=92):
+    encoded = cv2.imencode('.jpg', image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1].copy()
+
+def lead_letter(image, x, y, gray=235):
+    cv2.putText(image, 'L', (x, y), cv2.FONT_HERSHEY_SIMPLEX, 1.4, (gray,)*3, 4, cv2.LINE_AA)
+    return np.s_[y-32:y+2, x:x+26]
+
+def lead_fraction(original, cleaned, box):
+    "How much of a lead letter is still bright"
+    return (cleaned[box].max(2)>180).sum()/(original[box].min(2)>180).sum()
+
+@pytest.mark.parametrize('distance', [6, 12, 20, 30, 60])
+def test_a_lead_letter_beside_a_ruler_or_text_is_kept(distance):
+    image = tissue(1200, 960, 25)
+    cv2.line(image, (700, 300), (700, 900), GREEN, 2)
+    for y in range(300, 901, 60): cv2.line(image, (686, y), (700, y), GREEN, 2)
+    box = lead_letter(image, 700-distance-26, 520)
+    assert lead_fraction(image, remove_overlay(as_jpeg(image))[0], box)>.9
+    white_text = tissue(1200, 960, 25)
+    for i,line in enumerate(('DOE JANE', '2000-01-02')):
+        cv2.putText(white_text, line, (60, 500+34*i), cv2.FONT_HERSHEY_SIMPLEX, .7, (250,)*3, 1, cv2.LINE_AA)
+    box = lead_letter(white_text, 60+170+distance, 530)
+    cleaned, mask = remove_overlay(white_text)
+    assert lead_fraction(white_text, cleaned, box)>.9
+    assert mask[470:540, 60:200].any(), 'the text is removed'
+
+@pytest.mark.parametrize('color', [GREEN, (250, 250, 250)])
+def test_a_lead_letter_under_text_is_taken_out_whole_and_counted(color):
+    image = tissue(1200, 960, 25)
+    box = lead_letter(image, 140, 110)
+    assert preprocess(image, 64).report['torn_markers']==0
+    for i in range(3):
+        place = (60, 60+36*i)
+        cv2.putText(image, '2000-01-02 DOE', place, cv2.FONT_HERSHEY_SIMPLEX, .8, color, 2, cv2.LINE_AA)
+    cleaned = remove_overlay(image)[0]
+    assert (cleaned[box].max(2)>120).mean()<.03
+    assert preprocess(image, 64).report['torn_markers']>=1
+    assert preprocess(image, 64, keep_overlay=True).report['torn_markers']==0
+
+@pytest.mark.parametrize('quality', [75, 90])
+@pytest.mark.parametrize('gray', [30, 140, 180, 200])
+def test_no_crumbs_of_pale_letters_over_bright_tissue(gray, quality):
+    from PIL import ImageDraw, ImageFont
+    import matplotlib
+    fonts = Path(matplotlib.get_data_path())/'fonts'/'ttf'
+    clean = tissue(475, 300, gray)
+    for name,height in (('STIXGeneral.ttf', 14), ('DejaVuSerif.ttf', 16)):
+        page = Image.fromarray(clean)
+        pen, font = ImageDraw.Draw(page), ImageFont.truetype(fonts/name, height)
+        for i,line in enumerate(('Test Person', '007Y', 'F', 'XY123456', '2000-01-02')):
+            pen.text((8, 10+i*int(1.4*height)), line, font=font, fill=GREEN, stroke_width=1, stroke_fill=(0, 40, 32))
+        image = as_jpeg(np.asarray(page), quality)
+        is_drawn = np.abs(to_grayscale(image).astype(int)-clean[..., 0])>45
+        left = np.abs(to_grayscale(remove_overlay(image)[0]).astype(int)-clean[..., 0])>45
+        assert is_drawn.sum()>300 and left.sum()<=.02*is_drawn.sum(), (name, left.sum(), is_drawn.sum())
+
+def rotated_text(degrees, lines, size=900):
+    "White lines of text on gray tissue, and where they are"
+    canvas = np.zeros((size, size), np.uint8)
+    for i,line in enumerate(lines):
+        cv2.putText(canvas, line, (250, 400+34*i), cv2.FONT_HERSHEY_SIMPLEX, .7, 255, 2, cv2.LINE_AA)
+    canvas = cv2.warpAffine(canvas, cv2.getRotationMatrix2D((400, 400), degrees, 1), (size, size))
+    return np.maximum(tissue(size, size, 40)[..., 0], canvas), canvas>128
+
+@pytest.mark.parametrize('degrees', [-12, -7, 4, 9, 14])
+def test_tilted_words_are_removed(degrees):
+    image, letters = rotated_text(degrees, ['RADIOLOGY WARD'])
+    assert (remove_overlay(image)[1] & letters).sum()>.95*letters.sum()
+
+def test_short_second_lines_are_removed():
+    image, letters = rotated_text(0, ['DOE JANE', 'F', 'M 7'])
+    assert (remove_overlay(image)[1] & letters).sum()>.95*letters.sum()
+
+
+# --- directions of the limbs
+
+def turned_arm(view, seed, quarters, tilt):
+    "A preprocessed simulated arm, turned, and the true directions of humerus and forearm"
+    made = phantom(view, ['normal'], 'LR'[seed%2], age=10+5*(seed%9), seed=seed, size=192)
+    done = preprocess(made.image, 192)
+    spots = original_to_square([made.landmarks[k] for k in ('capitellum', 'shaft upper', 'distal forearm')],
+                               done.geometry, 192)
+    matrix = cv2.getRotationMatrix2D((96, 96), 90*quarters+tilt, 1)
+    image = cv2.warpAffine(done.image, matrix, (192, 192), borderValue=int(np.quantile(done.image, .05)))
+    limbs = (spots[1:]-spots[0])@matrix[:, :2].T
+    return image, limbs/np.linalg.norm(limbs, axis=1, keepdims=True)
+
+@pytest.mark.parametrize('quarters', range(4))
+def test_limbs_are_found_in_any_orientation_or_not_at_all(quarters):
+    n_found = 0
+    for i in range(12):
+        image, truth = turned_arm(('LAT', 'LAT', 'AP')[i%3], 40+i, quarters, (-20, 0, 15)[i%3])
+        axes = estimate_limb_axes(image, estimate_joint(image))
+        if axes[0] is None: continue
+        right = (np.array(axes)*truth).sum(1)>np.cos(np.radians(30))
+        n_found += bool(right.all())
+        assert right.all() or quarters==2, (i, axes, truth)
+    assert n_found>=10
+
+def test_no_direction_is_claimed_without_limbs():
+    for image in (np.full((96, 96), 90, np.uint8), cv2.circle(np.zeros((96, 96), np.uint8), (48, 48), 30, 200, -1)):
+        assert estimate_limb_axes(image, np.array([.5, .5]))==(None, None)
+    blob = cv2.circle(np.zeros((96, 96), np.uint8), (48, 48), 30, 200, -1)
+    for region in ('humerus', 'forearm', 'whole arm', 'joint'):
+        y, x = np.nonzero(heuristic_mask(blob, region, 'a'))
+        assert abs(x.mean()-47.5)<5 and abs(y.mean()-47.5)<5, 'a mask around the joint'
+        assert .7<np.ptp(x)/np.ptp(y)<1.4
+
+@real
+@pytest.mark.parametrize('name,forearm', [('AP', (.1, 1)), ('LAT', (-1, 0))])
+def test_limbs_of_real_radiographs(name, forearm):
+    image = preprocess(read_image(REAL/f'008_{name}.png'), 256).image
+    for quarters in range(4):
+        turn = np.array([[0, 1], [-1, 0]])                          # (x, y) when turned to the left by 90 degrees
+        truth = [np.linalg.matrix_power(turn, quarters)@v for v in ((0, -1), forearm)]
+        turned_image = np.rot90(image, quarters).copy()
+        axes = estimate_limb_axes(turned_image, estimate_joint(turned_image))
+        assert ((np.array(axes)*truth).sum(1)>np.cos(np.radians(30))).all(), (quarters, axes)
+
+
+# --- collimated fields
+
+def frame_of_scatter(step, seed=0):
+    "A field of 120 to 544 by 88 to 432 in a noisy frame that is brighter by a low, soft step"
+    rng = np.random.default_rng(seed)
+    inner = .8*cv2.resize(phantom(('AP', 'LAT')[seed%2], ['normal'], seed=seed, size=400).image.astype(np.float32), (344, 424))
+    image = np.full((640, 512), 60, np.float32)
+    image[120:544, 88:432] = np.maximum(60-step, inner)
+    image = cv2.GaussianBlur(image, (0, 0), 1.5)+cv2.GaussianBlur(rng.normal(0, 6, image.shape), (0, 0), 1)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+@pytest.mark.parametrize('step', [6, 12, 18, 36])
+def test_a_frame_behind_a_low_soft_step_is_cropped(step):
+    for seed in (0, 1):
+        box = crop_padding(frame_of_scatter(step, seed))[1]
+        assert np.abs(np.subtract(box, (120, 88, 544, 432))).max()<=8, box
+
+@pytest.mark.parametrize('gray_level', [0, 110, 255])
+@pytest.mark.parametrize('degrees', [4, 12, -25])
+def test_wedges_of_a_turned_field_become_black(degrees, gray_level):
+    for inverted in (False, True):
+        simulated = phantom('AP', ['normal'], seed=902, size=400).image
+        simulated = np.maximum(simulated, 25)
+        image = turned(255-simulated if inverted else simulated, degrees, gray_level)
+        inside = turned(np.full((400, 400), 255, np.uint8), degrees, 0)
+        done = preprocess(image, 256)
+        if degrees!=4: assert abs(done.report['masked_fraction']-(to_square(inside, done.geometry, 256)<5).mean())<.03
+        square = to_square(inside, done.geometry, 256)
+        assert done.report['inverted']==inverted
+        outside = square<5
+        assert (outside & (done.image>0)).mean()<.035, 'nothing but a seam and small corners remain'
+        rows, columns = np.flatnonzero((inside>0).any(1)), np.flatnonzero((inside>0).any(0))
+        g, true_box = done.geometry, (rows[0], columns[0], rows[-1]+1, columns[-1]+1)
+        assert np.abs(np.subtract((g.top, g.left, g.bottom, g.right), true_box)).max()<=15
+
+def test_arms_and_casts_are_no_wedges():
+    for i in range(24):
+        image = phantom(('AP', 'LAT')[i%2], [PATHOLOGIES[i%14]], age=3+2*i, seed=60+i, size=320).image
+        for version in (image, 255-image):
+            done = preprocess(version, 64)
+            assert done.report['masked_fraction']==0 and done.report['kept_fraction']>.97
