@@ -920,6 +920,16 @@ def _write_tables(out, rows, rejects, labels):
         with atomic_write(out/f'{name}.csv') as part: table.to_csv(part, index=False)
     return images
 
+# %% ../../nbs/2_data/30_preprocess.ipynb #63afda12
+def _test_pattern():
+    "A padded, inverted image with text and a lead letter: every step has something to do"
+    y, x = np.mgrid[:256, :200].astype(np.float32)
+    image = 20+.05*x+150*np.exp(-((x-90-.1*y)/30)**4)+6*np.sin(37*x+91*y)
+    image = 255-np.clip(image, 0, 255).astype(np.uint8)
+    cv2.putText(image, 'TEST 1990', (105, 40), cv2.FONT_HERSHEY_SIMPLEX, .4, 0, 1)
+    cv2.putText(image, 'L', (30, 200), cv2.FONT_HERSHEY_SIMPLEX, .8, 10, 2)
+    return np.pad(image, ((0, 20), (16, 0)), constant_values=90)
+
 # %% ../../nbs/2_data/30_preprocess.ipynb #e4ff1bf1
 def preprocess_folder(
     data:Path, # Folder of images with their labels table
@@ -936,8 +946,7 @@ def preprocess_folder(
     labels = read_labels(data)
     out.mkdir(parents=True, exist_ok=True)
     journal, images = read_journal(out), list(labels.drop_duplicates('image').itertuples())
-    pattern = np.add.outer(np.arange(64), np.arange(96)).astype(np.uint8)
-    probe = preprocess(pattern, 32, aspect, clahe_clip_limit).image # changes when the code does
+    probe = preprocess(_test_pattern(), 64, aspect, clahe_clip_limit).image # as the code is
 
     def process(row):
         path, target = resolve_inside(data, row.file), out/f'{row.image}.png'
