@@ -373,6 +373,15 @@ def fix_polarity(
     return (white-image if inverted else image), inverted
 
 # %% ../../nbs/2_data/30_preprocess.ipynb #2fc3e648
+def _is_rectangle_or_disk(hull, shape):
+    "Whether a convex polygon fills a turned rectangle or a disk, as far as the image shows it"
+    shapes = [np.zeros(shape, np.uint8) for _ in range(3)]
+    cv2.fillConvexPoly(shapes[0], hull, 1)
+    cv2.fillConvexPoly(shapes[1], cv2.boxPoints(cv2.minAreaRect(hull)).round().astype(np.int32), 1)
+    center, radius = cv2.minEnclosingCircle(hull)
+    cv2.circle(shapes[2], [round(c) for c in center], round(radius), 1, -1)
+    return shapes[0].sum()>=.93*min(shapes[1].sum(), shapes[2].sum())
+
 def field_outline(
     image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16: the cropped radiograph
 )->np.ndarray|None: # (n, 2): x and y of a convex polygon in pixels; None if there is none
@@ -390,6 +399,7 @@ def field_outline(
     hull = cv2.convexHull(field)
     if cv2.contourArea(field)<.96*cv2.contourArea(hull): return None # two fields, or an arm
     if cv2.contourArea(field)<.9*sum(cv2.contourArea(c) for c in contours): return None
+    if not _is_rectangle_or_disk(hull, small.shape): return None
     scale = np.array(image.shape[1::-1])/small.shape[::-1]
     return (hull[:, 0]+.5)*scale
 
