@@ -237,7 +237,8 @@ def gaussians():
     torch.set_num_threads(1)
     import matplotlib.pyplot as plt
     from fastcore.test import test_eq as assert_equal
-    namespace = vars(tac_gan) | {'plt': plt, 'np': np, 'test_eq': assert_equal}
+    from elbowsynth.gans import gan
+    namespace = vars(gan) | vars(tac_gan) | {'plt': plt, 'np': np, 'test_eq': assert_equal}
     cells = gaussian_cells()
     assertions = next(cell for cell in cells if 'assert (tac_width' in cell)
     for cell in cells:

@@ -372,7 +372,7 @@ def fix_polarity(
     white = 2**max(8, int(image.max()).bit_length())-1
     return (white-image if inverted else image), inverted
 
-# %% ../../nbs/2_data/30_preprocess.ipynb #2fc3e648
+# %% ../../nbs/2_data/30_preprocess.ipynb #c1dbcfee
 def _is_rectangle_or_disk(hull, shape):
     "Whether a convex polygon fills a turned rectangle or a disk, as far as the image shows it"
     shapes = [np.zeros(shape, np.uint8) for _ in range(3)]
@@ -382,6 +382,7 @@ def _is_rectangle_or_disk(hull, shape):
     cv2.circle(shapes[2], [round(c) for c in center], round(radius), 1, -1)
     return shapes[0].sum()>=.93*min(shapes[1].sum(), shapes[2].sum())
 
+# %% ../../nbs/2_data/30_preprocess.ipynb #2fc3e648
 def field_outline(
     image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16: the cropped radiograph
 )->np.ndarray|None: # (n, 2): x and y of a convex polygon in pixels; None if there is none
@@ -817,7 +818,7 @@ def overlay_report(
     return {'overlay_fraction': fraction, 'overlay_blocks': len(blocks),
             'overlay_color': ' and '.join(colors), 'overlay_boxes': ' '.join(boxes)}
 
-# %% ../../nbs/2_data/30_preprocess.ipynb #17c721d0
+# %% ../../nbs/2_data/30_preprocess.ipynb #b07a64b8
 def _wedges(image, box):
     "The box of the field, and the pixels of this box that are outside of the field"
     top,left,bottom,right = box
@@ -830,6 +831,7 @@ def _wedges(image, box):
     new_box = top+rows[0], left+columns[0], top+rows[-1]+1, left+columns[-1]+1
     return tuple(int(v) for v in new_box), inside[field]==0
 
+# %% ../../nbs/2_data/30_preprocess.ipynb #17c721d0
 def preprocess(
     image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16
     size:int=1024, # Side of the square (Section 3.1)
