@@ -450,8 +450,8 @@ def test_a_damaged_file_of_a_saved_model_is_named(tmp_path):
 
 # ---- kills at file operations
 
-def test_kills_at_file_operations_change_nothing(tmp_path):
-    differing = run_with_kills(toy_tune, tmp_path, n_kills=4)
+def test_kills_at_file_operations_change_nothing(undisturbed, tmp_path):
+    differing = run_with_kills(toy_tune, tmp_path, n_kills=6)
     assert differing == {moment: [] for moment in differing}
 
 def train_sdxl_twice(out):
