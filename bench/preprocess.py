@@ -15,7 +15,8 @@ import cv2, numpy as np, pandas as pd
 from elbowsynth.core import parallel_map
 from elbowsynth.data.classes import PATHOLOGIES
 from elbowsynth.data.images import read_image, to_grayscale, write_png
-from elbowsynth.data.preprocess import crop_errors, preprocess, remove_overlay
+from elbowsynth.data.overlays import remove_overlay
+from elbowsynth.data.preprocess import crop_errors, preprocess
 from elbowsynth.phantom.phantom import ARTIFACTS, phantom
 from results import write_results
 cv2.setNumThreads(1)

@@ -8,7 +8,7 @@ __all__ = ['root', 'require_path', 'sync_to_disk', 'atomic_write', 'round_floats
            'LazyPackage', 'lazy_exports']
 
 # %% ../nbs/0_core/00_core.ipynb #e349a2ba
-import glob, hashlib, importlib, json, os, re, sys, time, types
+import glob, hashlib, importlib, json, os, re, sys, time, types, uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -67,7 +67,7 @@ def atomic_write(
     "Yield a temporary path and rename it to `path` at the end; after an error `path` is unchanged"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.part-{path.name}')
+    tmp = path.with_name(f'.part-{uuid.uuid4().hex[:8]}-{path.name}')   # two processes may write it
     try:
         yield tmp
         sync_to_disk(tmp)
@@ -222,7 +222,9 @@ def content_hash(
 def _read_config(folder):
     "The configuration of a run folder; None if it has none"
     path = folder/'config.json'
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file(): return None
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError: return {'damaged': path.name}                # no configuration equals it
 
 def claim_run_dir(
     folder:Path, # Folder of a long run
@@ -238,7 +240,9 @@ def claim_run_dir(
         names = (folder.with_name(f'{folder.name}-previous-{i}') for i in range(1, 1000))
         aside = next(p for p in names if not p.exists())
         folder.rename(aside)
-        print(f'{folder.name} was made with other data or settings; it is kept as {aside.name}')
+        reason = 'has a damaged config.json' if 'damaged' in present else \
+            'was made with other data or settings'
+        print(f'{folder.name} {reason}; it is kept as {aside.name}')
     if matching: matching[0].rename(folder)
     else: save_json(folder/'config.json', config)
     return bool(matching)

@@ -8,9 +8,10 @@ from elbowsynth.core import parallel_map, root
 from elbowsynth.data.classes import PATHOLOGIES
 from elbowsynth.data.images import read_image, to_grayscale
 from elbowsynth.data.masks import estimate_joint, estimate_limb_axes, heuristic_mask
+from elbowsynth.data.overlays import remove_overlay
 from elbowsynth.data.preprocess import (
     clahe, crop_errors, crop_padding, CropGeometry, fix_polarity, from_square, main,
-    original_to_square, preprocess, preprocess_folder, remove_overlay, square_frame, square_to_original,
+    original_to_square, preprocess, preprocess_folder, square_frame, square_to_original,
     stretch_contrast, to_square)
 from elbowsynth.phantom.phantom import ARTIFACTS, phantom
 

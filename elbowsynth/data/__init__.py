@@ -15,7 +15,7 @@ PUBLIC = {                          # public name to module
     'import_mura': 'public_datasets', 'import_fracatlas': 'public_datasets',
     'import_yolo': 'public_datasets', 'import_png16': 'public_datasets',
     'preprocess': 'preprocess', 'preprocess_folder': 'preprocess', 'clahe': 'preprocess',
-    'fix_polarity': 'preprocess', 'remove_overlay': 'preprocess', 'CropGeometry': 'preprocess',
+    'fix_polarity': 'preprocess', 'remove_overlay': 'overlays', 'CropGeometry': 'preprocess',
     'heuristic_mask': 'masks', 'write_masks': 'masks', 'check_masks': 'masks',
     'plot_mask_checks': 'masks',
     'patient_groups': 'split', 'stratified_group_split': 'split', 'write_split': 'split'}

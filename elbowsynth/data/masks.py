@@ -18,7 +18,8 @@ from .classes import caption, region_of, REGIONS
 from .images import (
     image_shape, read_image, read_mask, resolve_inside, thumbnail, write_png)
 from .labels import (
-    escape_cells, normalize_labels, pair_name, read_pairs, unescape_cells)
+    error_report, escape_cells, IMAGE_COLUMNS, LabelsError, missing_label_errors, normalize_labels,
+    pair_name, read_pairs, read_stage_table)
 from .annotations import hand_drawn_ellipse, polygon_mask
 from .preprocess import crop_padding, CropGeometry, fix_polarity, to_square
 
@@ -173,8 +174,7 @@ PAIR_COLUMNS = ['pair', 'image', 'patient', 'view', 'side', 'pathology', 'captio
 def _read_geometries(images):
     "The crop geometry of each preprocessed image"
     path = require_path(Path(images)/'images.csv', 'preprocess')
-    table = pd.read_csv(path, dtype={'image': str, 'file': str}, keep_default_na=False)
-    table = unescape_cells(table)
+    table = read_stage_table(path, keep_default_na=False)
     fields = table.set_index('image')[list(CropGeometry.__annotations__)].to_dict('index')
     return {image: CropGeometry(**f) for image,f in fields.items()}
 
@@ -188,6 +188,8 @@ def write_masks(
     "Write a mask and a caption for each pair"
     geometries = _read_geometries(images)
     pairs = read_pairs(images, 'preprocess')
+    missing = missing_label_errors(pairs, columns=('view', 'side'))
+    if missing: raise LabelsError(error_report(f'the labels of {data} have', [], missing))
     pairs['pair'] = [pair_name(i, p) for i,p in zip(pairs.image, pairs.pathology)]
     pairs['region'] = mask_regions(pairs)
     for column in ('license', 'group'): pairs[column] = pairs.get(column, '')
@@ -264,7 +266,7 @@ def mask_paths(
 )->pd.DataFrame: # pair, pathology, mask_source, image, mask; the last two are paths or None
     "The image and the mask of each pair"
     if images is None:
-        table = normalize_labels(folder)
+        table = normalize_labels(folder, required=IMAGE_COLUMNS)
         image_paths = [resolve_inside(folder, f) if f else None for f in table.file]
         paths = [resolve_inside(folder, m) if m else None for m in table['mask']]
     else:

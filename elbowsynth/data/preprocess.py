@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['MIN_SIZE', 'step_edges', 'border_uniformity', 'crosses_anatomy', 'gains_grain', 'is_border_edge', 'border_width',
            'exposed_field', 'soft_border_width', 'soft_field', 'crop_padding', 'ConstantArea', 'constant_areas',
-           'fix_polarity', 'field_outline', 'colored_overlay', 'text_lines', 'Strokes', 'find_strokes', 'text_mask',
-           'letters_near_text', 'torn_markers', 'find_overlay', 'paint_over', 'remove_overlay', 'clahe_tile_luts',
-           'clahe', 'stretch_contrast', 'CropGeometry', 'square_frame', 'to_square', 'from_square',
-           'square_to_original', 'original_to_square', 'Preprocessed', 'overlay_report', 'preprocess', 'crop_errors',
-           'read_radiograph', 'read_journal', 'preprocess_folder', 'preprocessing_counts', 'main']
+           'fix_polarity', 'field_outline', 'clahe_tile_luts', 'clahe', 'stretch_contrast', 'CropGeometry',
+           'square_frame', 'to_square', 'from_square', 'square_to_original', 'original_to_square', 'Preprocessed',
+           'preprocess', 'crop_errors', 'read_radiograph', 'read_journal', 'preprocess_folder', 'preprocessing_counts',
+           'main']
 
 # %% ../../nbs/2_data/30_preprocess.ipynb #ac9746a7
 import argparse, hashlib, json, math
@@ -19,7 +18,8 @@ from pathlib import Path
 from ..core import atomic_write, content_hash, parallel_map, progress
 from .images import (
     read_image, resolve_inside, thumbnail, to_grayscale, write_png)
-from .labels import read_labels
+from .labels import escape_cells, IMAGE_COLUMNS, read_labels
+from .overlays import find_overlay, overlay_report, paint_over
 
 # %% ../../nbs/2_data/30_preprocess.ipynb #aec392b5
 def step_edges(
@@ -404,250 +404,6 @@ def field_outline(
     scale = np.array(image.shape[1::-1])/small.shape[::-1]
     return (hull[:, 0]+.5)*scale
 
-# %% ../../nbs/2_data/30_preprocess.ipynb #5d5d14ec
-def colored_overlay(
-    image:np.ndarray, # (h, w, 3), uint8 or uint16
-)->np.ndarray: # (h, w) bool
-    "Colored pixels; none if they exceed a fifth of the image, since then the whole scan is tinted"
-    red, green, blue = cv2.split(image)
-    brightest = cv2.max(cv2.max(red, green), blue)
-    darkest = cv2.min(cv2.min(red, green), blue)
-    chroma, white = cv2.subtract(brightest, darkest), max(255, int(image.max()))
-    is_colored = chroma>.15*white
-    if not .2>is_colored.mean()>0: return np.zeros_like(is_colored)
-
-    # JPEG halves the resolution of color: a thin letter of a line has less than its neighbors.
-    is_pale = (chroma>.04*white).astype(np.uint8)
-    if is_pale.mean()>=.1: return is_colored
-    reach = 2*(max(image.shape)//90)+1
-    labels = cv2.connectedComponents(cv2.dilate(is_pale, np.ones((reach, reach), np.uint8)))[1]
-    is_near = np.zeros(labels.max()+1, bool)
-    is_near[labels[is_colored]] = True
-    found = (is_near[labels] & (is_pale>0)).astype(np.uint8)
-    return cv2.morphologyEx(found, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))>0
-
-# %% ../../nbs/2_data/30_preprocess.ipynb #159068fd
-def _tilt(x, y):
-    "Rows per column of a tilted line of letters, up to 20 degrees; 0 for fewer than four letters"
-    i, j = np.triu_indices(len(x), 1)
-    is_apart = np.abs(x[j]-x[i])>1
-    if len(x)<4 or not is_apart.any(): return 0
-    slopes = (y[j]-y[i])[is_apart]/(x[j]-x[i])[is_apart]
-    slope = float(np.median(slopes))
-    return slope if abs(slope)<=np.tan(np.radians(20)) else 0
-
-# %% ../../nbs/2_data/30_preprocess.ipynb #66288a5b
-def _is_text_line(boxes, small_image, strokes):
-    "Whether strokes side by side are letters of a line"
-    left, top, width, height, area = boxes.T
-    middle = top+height/2
-    line_height = np.median(height)
-    gray, n_stems = [], []
-    for l,t,w,h,_ in boxes:
-        stroke = strokes[t:t+h, l:l+w]
-        values = np.sort(small_image[t:t+h, l:l+w][stroke])
-        gray.append(values[-(stroke.sum()//8)-1])                   # 7/8 quantile
-        n_stems.append((stroke[:, 1:] & ~stroke[:, :-1]).sum()/len(stroke))
-    gray, n_stems = np.array(gray).astype(int), np.array(n_stems)
-
-    is_similar = np.abs(height-line_height)<=.35*line_height
-    is_similar &= np.abs(gray-np.median(gray))<=20
-    is_word = (width>=3.6*line_height) & (area<.5*width*height) & (n_stems>=2) # touching letters
-    n_letters = np.where(is_word, width/(.9*line_height), 1)
-    for slope in (0, _tilt(left+width/2, middle)):
-        offset = middle-slope*(left+width/2)
-        in_line = is_similar & (np.abs(offset-np.median(offset))<=.35*line_height)
-        if n_letters[in_line].sum()>=3 and in_line.mean()>=.5: return True
-    return False
-
-# %% ../../nbs/2_data/30_preprocess.ipynb #8e432f68
-def text_lines(
-    boxes:np.ndarray, # (n, 5): left, top, width, height and area of strokes that may be letters
-    small_image:np.ndarray, # (h, w) uint8 thumbnail
-    strokes:np.ndarray, # (h, w) bool: all strokes
-)->np.ndarray: # (h, w) bool: filled lines of text
-    "Where three or more letters of similar height and gray level are side by side"
-    gap = max(3, int(.011*max(small_image.shape)))
-    joined = np.zeros(small_image.shape, np.uint8)
-    for l,t,w,h,_ in boxes: joined[t:t+h, max(0, l-gap):l+w+gap] = 1
-    n_lines, line_map = cv2.connectedComponents(joined, connectivity=4)
-    is_text = np.zeros(n_lines, bool)
-    left, top, width, height, _ = boxes.T
-    line_of_box = line_map[top+height//2, left+width//2]
-    for line in np.unique(line_of_box):
-        is_text[line] = _is_text_line(boxes[line_of_box==line], small_image, strokes)
-    lines = is_text[line_map]
-    for line in np.flatnonzero(is_text):
-        in_line = boxes[line_of_box==line]
-        is_tall = (in_line[:, 3]>1.5*np.median(in_line[:, 3])) & (in_line[:, 2]<1.1*in_line[:, 3])
-        for l,t,w,h,_ in in_line[is_tall]: lines[t:t+h, l:l+w] = False # a lead letter
-    return lines
-
-# %% ../../nbs/2_data/30_preprocess.ipynb #39a10a72
-@dataclass
-class Strokes:
-    "Strokes that are brighter than their surroundings"
-    mask:np.ndarray # (h, w) bool
-    labels:np.ndarray # (h, w) int: component of each pixel, 0 for the background
-    boxes:np.ndarray # (n, 5): left, top, width, height and area of each component
-    is_letter:np.ndarray # (n,) bool: as tall as a letter
-    is_ruler:np.ndarray # (n,) bool: long, with ticks
-
-def find_strokes(
-    small_image:np.ndarray, # (h, w) uint8 thumbnail
-)->Strokes:
-    "Thin bright structures, and which of them may be letters or rulers"
-    side = max(small_image.shape)
-    width = max(3, 2*round(.0085*side/2)+1)
-    top_hat = cv2.morphologyEx(small_image, cv2.MORPH_TOPHAT, np.ones((width, width), np.uint8))
-    mask = top_hat>55
-    components = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    labels, boxes = components[1:3]
-    l,t,w,h,area = boxes.T
-    long, narrow = np.maximum(w, h), np.minimum(w, h)
-    is_ruler = (long>=.2*side) & (narrow<=.06*side) & (narrow>=.009*side) & (area<=.4*w*h)
-    is_letter = (h>=max(5, .008*side)) & (h<=.036*side) & (w<=.22*side) & (area>=1.5*h)
-    is_ruler[0] = is_letter[0] = False                              # the background
-    return Strokes(mask, labels, boxes, is_letter, is_ruler)
-
-def text_mask(
-    small_image:np.ndarray, # (h, w) uint8 thumbnail
-    strokes:Strokes=None, # From `find_strokes`; searched if None
-)->np.ndarray: # (h, w) bool
-    "Strokes brighter than their surroundings that belong to lines of text or to rulers"
-    strokes = strokes or find_strokes(small_image)
-    lines = text_lines(strokes.boxes[strokes.is_letter], small_image, strokes.mask)
-    return strokes.mask & (strokes.is_ruler[strokes.labels] | lines)
-
-# %% ../../nbs/2_data/30_preprocess.ipynb #84f334ff
-def letters_near_text(
-    strokes:Strokes,
-    found:np.ndarray, # (h, w) bool: text and rulers found so far
-)->np.ndarray: # (h, w) bool
-    "Single letters near text, and no taller than it"
-    reach = len(found)//40
-    height_map = np.zeros(found.shape, np.float32)                  # of the text beside each pixel
-    for l,t,w,h,_ in cv2.connectedComponentsWithStats(found.astype(np.uint8))[2][1:]:
-        is_word = h<=.036*max(found.shape)
-        letter_height = h if is_word else min(w, h)                 # the ticks of a ruler
-        above, slack = max(reach, 2*letter_height), letter_height//2
-        beside = np.s_[max(0, t-slack):t+h+slack, max(0, l-reach):l+w+reach]
-        below = np.s_[max(0, t-above):t+h+above, max(0, l-slack):l+w+slack]
-        for near in (beside, below):
-            height_map[near] = np.maximum(height_map[near], letter_height)
-    l,t,w,h,_ = strokes.boxes.T
-    rows = np.minimum(t+h//2, found.shape[0]-1)
-    columns = np.minimum(l+w//2, found.shape[1]-1)
-    text_height = height_map[rows, columns]
-    is_near = strokes.is_letter & (h>=.6*text_height) & (h<=1.35*text_height)
-    return strokes.mask & is_near[strokes.labels]
-
-# %% ../../nbs/2_data/30_preprocess.ipynb #9b769d34
-def _inpaint(gray, overlay):
-    "Replace overlay pixels from their surroundings, in place, one window after the other"
-    merged = cv2.dilate(overlay, np.ones((9, 9), np.uint8))
-    boxes = cv2.connectedComponentsWithStats(merged)[2][1:]
-    for l,t,w,h,_ in boxes:
-        window = np.s_[max(0, t-8):t+h+8, max(0, l-8):l+w+8]
-        gray[window] = cv2.inpaint(gray[window], overlay[window], 3, cv2.INPAINT_TELEA)
-
-# %% ../../nbs/2_data/30_preprocess.ipynb #65565384
-def _lead_pieces(small_image, covered, text_height):
-    "Bright, uniform pieces of the size of a lead letter, outside of `covered`"
-    side = max(small_image.shape)
-    width = 2*round(.025*side)+1
-    top_hat = cv2.morphologyEx(small_image, cv2.MORPH_TOPHAT, np.ones((width, width), np.uint8))
-    is_lead = (top_hat>80) & (small_image>=max(170, np.quantile(small_image[::4, ::4], .97)))
-    wholes, whole_boxes = cv2.connectedComponentsWithStats(is_lead.astype(np.uint8))[1:3]
-    whole_size = np.maximum(whole_boxes[:, 2], whole_boxes[:, 3])
-    is_marker = (whole_size<=.12*side) & (whole_size>=text_height)  # no frame, no bone, no crumb
-    components = cv2.connectedComponentsWithStats((is_lead & ~covered).astype(np.uint8))
-    labels, boxes = components[1:3]
-    l,t,w,h,_ = boxes.T
-    long, narrow = np.maximum(w, h), np.minimum(w, h)
-    is_piece = (long>=.012*side) & (long<=.09*side) & (narrow>=2)
-    is_piece &= (l>0) & (t>0) & (l+w<small_image.shape[1]) & (t+h<len(small_image))
-    is_piece &= np.isin(np.arange(len(boxes)), np.unique(labels[is_marker[wholes]]))
-    is_piece[0] = False
-    for k in np.flatnonzero(is_piece):
-        l,t,w,h,_ = boxes[k]
-        window = np.s_[t:t+h, l:l+w]
-        piece = (labels[window]==k).astype(np.uint8)
-        inner = cv2.erode(piece, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT)>0
-        if not inner.any() or small_image[window][inner].std()>15: is_piece[k] = False
-    return labels*is_piece[labels]
-
-# %% ../../nbs/2_data/30_preprocess.ipynb #1eeb3432
-def torn_markers(
-    small_image:np.ndarray, # (h, w) uint8 thumbnail
-    found:np.ndarray, # (h, w) bool: the overlay found so far
-)->tuple: # (h, w) bool: what remains of lead letters that the overlay crosses; how many there are
-    "Find lead letters that would be torn"
-    covered = cv2.dilate(found.astype(np.uint8), np.ones((3, 3), np.uint8))
-    gap = 2*round(.015*max(found.shape))+1                          # between letters
-    text_rows = cv2.morphologyEx(covered, cv2.MORPH_CLOSE, np.ones((1, gap), np.uint8))
-    touches = cv2.dilate(text_rows, np.ones((5, 5), np.uint8))>0
-    heights = cv2.connectedComponentsWithStats(found.astype(np.uint8))[2][1:, 3]
-    letter_heights = heights[(heights>=5) & (heights<=.036*max(found.shape))]
-    text_height = np.median(letter_heights) if len(letter_heights) else 0
-    without_text = small_image.copy()  # air between letters is no piece
-    _inpaint(without_text, covered)
-    rest = np.zeros(found.shape, np.uint8)
-    for polarity in (without_text, 255-without_text):
-        pieces = _lead_pieces(polarity, covered>0, text_height)
-        torn = np.unique(pieces[touches & (pieces>0)])
-        rest[np.isin(pieces, torn) & (pieces>0)] = 1
-    if not rest.any(): return np.zeros(found.shape, bool), 0
-    joined = cv2.dilate(rest, np.ones((gap, gap), np.uint8))
-    n_torn = cv2.connectedComponents(joined)[0]-1
-    return cv2.dilate(rest, np.ones((3, 3), np.uint8))>0, n_torn
-
-# %% ../../nbs/2_data/30_preprocess.ipynb #46e13d2c
-def find_overlay(
-    image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16
-)->tuple: # (h, w) bool, wide enough to paint over; number of lead letters that are part of it
-    "Find burned-in text and rulers, white, black or colored"
-    small = thumbnail(image, 1000)
-    strokes = [find_strokes(polarity) for polarity in (small, 255-small)]
-    found = text_mask(small, strokes[0]) | text_mask(255-small, strokes[1])
-    for _ in range(3):  # a short line may be beside another
-        if not found.any(): break
-        more = found | np.logical_or(*[letters_near_text(s, found) for s in strokes])
-        if (more==found).all(): break
-        found = more
-    shape = image.shape[1::-1]
-    colored = None
-    if image.ndim==3 and (colored := colored_overlay(image)).any():
-        small_colored = cv2.resize(colored.astype(np.uint8), small.shape[::-1])>0
-    else: small_colored = np.zeros(small.shape, bool)
-    n_torn = 0
-    if found.any() or small_colored.any():
-        rest, n_torn = torn_markers(small, found | small_colored)
-        found |= rest
-    overlay = cv2.resize(found.astype(np.uint8), shape, interpolation=cv2.INTER_NEAREST)
-    if small_colored.any(): overlay |= colored.astype(np.uint8)
-    if not overlay.any(): return overlay>0, n_torn
-    margin = 2*round(.003*max(overlay.shape)/2)+3
-    return cv2.dilate(overlay, np.ones((margin, margin), np.uint8))>0, n_torn
-
-def paint_over(
-    image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16
-    overlay:np.ndarray, # (h, w) bool: what to replace
-)->np.ndarray: # Same shape and type; the image itself if there is no overlay
-    "Inpaint an overlay from its surroundings"
-    if not overlay.any(): return image
-    gray = to_grayscale(image).copy()
-    _inpaint(gray, overlay.astype(np.uint8))
-    if image.ndim==2: return gray
-    return np.where(overlay[..., None], gray[..., None], image)
-
-def remove_overlay(
-    image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16
-)->tuple: # The image without overlay, same shape and type, and a bool mask of what was inpainted
-    "Inpaint burned-in text and rulers, white, black or colored; lead letters are kept"
-    overlay = find_overlay(image)[0]
-    return paint_over(image, overlay), overlay
-
 # %% ../../nbs/2_data/30_preprocess.ipynb #17b68595
 def clahe_tile_luts(
     image:np.ndarray, # (h, w), uint8
@@ -799,25 +555,6 @@ class Preprocessed:
     geometry:CropGeometry # Between the radiograph and the square
     report:dict # inverted, bit_depth, kept_fraction, masked_fraction, torn_markers, overlay_*
 
-def overlay_report(
-    image:np.ndarray, # (h, w) or (h, w, 3), the original
-    overlay_mask:np.ndarray, # (h, w) bool: what was inpainted
-)->dict: # Fraction of the image, number of blocks, color, and boxes `top,left,bottom,right`
-    "Describe the overlay of a radiograph"
-    if not overlay_mask.any():
-        return {'overlay_fraction': 0., 'overlay_blocks': 0,
-                'overlay_color': '', 'overlay_boxes': ''}
-    merged = cv2.dilate(overlay_mask.astype(np.uint8), np.ones((1, 25), np.uint8))
-    blocks = cv2.connectedComponentsWithStats(merged)[2][1:]
-    n_colored = (colored_overlay(image) & overlay_mask).sum() if image.ndim==3 else 0
-    colors = []
-    if n_colored: colors.append('colored')
-    if n_colored<.1*overlay_mask.sum(): colors.append('white or black')
-    boxes = [f'{t},{l},{t+h},{l+w}' for l,t,w,h,_ in blocks]
-    fraction = round(float(overlay_mask.mean()), 5)
-    return {'overlay_fraction': fraction, 'overlay_blocks': len(blocks),
-            'overlay_color': ' and '.join(colors), 'overlay_boxes': ' '.join(boxes)}
-
 # %% ../../nbs/2_data/30_preprocess.ipynb #b07a64b8
 def _wedges(image, box):
     "The box of the field, and the pixels of this box that are outside of the field"
@@ -929,7 +666,8 @@ def _write_tables(out, rows, rejects, labels):
     tables = {'rejects': pd.DataFrame(rejects, columns=['file', 'reason']), 'images': images,
               'pairs': labels[labels.image.isin(names)]}
     for name,table in tables.items():
-        with atomic_write(out/f'{name}.csv') as part: table.to_csv(part, index=False)
+        with atomic_write(out/f'{name}.csv') as part:
+            escape_cells(table).to_csv(part, index=False)
     return images
 
 # %% ../../nbs/2_data/30_preprocess.ipynb #63afda12
@@ -955,7 +693,7 @@ def preprocess_folder(
 )->pd.DataFrame: # A row for each image: `images.csv`
     "Write a square for each radiograph, `pairs.csv`, `images.csv`, and `rejects.csv` with reasons"
     data, out = Path(data), Path(out)
-    labels = read_labels(data)
+    labels = read_labels(data, required=IMAGE_COLUMNS)
     out.mkdir(parents=True, exist_ok=True)
     journal, images = read_journal(out), list(labels.drop_duplicates('image').itertuples())
     probe = preprocess(_test_pattern(), 64, aspect, clahe_clip_limit).image # as the code is
@@ -1021,7 +759,7 @@ def main(
     try:
         images = preprocess_folder(o.folder, o.out, o.size, o.aspect, o.clahe_clip_limit,
                                    o.keep_overlay, o.n_threads)
-    except (ValueError, FileNotFoundError) as e: parser.exit(1, f'{e}\n')
+    except (ValueError, OSError) as e: parser.exit(1, f'{e}\n')
     n_overlays, n_inverted = (images.overlay_fraction>0).sum(), images.inverted.sum()
     n_rejected = len(pd.read_csv(o.out/'rejects.csv'))
     summary = f'{len(images)} images, {n_overlays} with overlay removed, {n_inverted} inverted'

@@ -23,7 +23,7 @@ from ..core import (
     atomic_write, parallel_map, progress, require_path, round_floats, save_json)
 from ..data.classes import region_of
 from ..data.images import load_images, read_image
-from ..data.labels import escape_cells, read_pairs, unescape_cells
+from ..data.labels import escape_cells, read_pairs, read_stage_table
 from .extractors import (
     cached_features, extractor_name, features, load_arrays, save_arrays)
 from .ssim import MS_SSIM_CONVENTIONS, pair_scores, ssim, SSIM_CONVENTIONS
@@ -204,7 +204,7 @@ def read_written_table(
     path, # CSV file, or its contents as a file object
 )->pd.DataFrame: # With names as they were before `write_table`
     "Read a table that `write_table` wrote"
-    return unescape_cells(pd.read_csv(path))
+    return read_stage_table(path)
 
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #13e5a2d3
 @dataclass(frozen=True)
