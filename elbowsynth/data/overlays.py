@@ -159,6 +159,14 @@ def _inpaint(gray, overlay):
         gray[window] = cv2.inpaint(gray[window], overlay[window], 3, cv2.INPAINT_TELEA)
 
 # %% ../../nbs/2_data/29_overlays.ipynb #65565384
+def _is_lead(gray, piece, covered):
+    "Whether a piece is uniform and stands out from all that is around it, as bone does not"
+    inner = cv2.erode(piece.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0)>0
+    if not inner.any() or gray[inner].std()>15: return False
+    near, around = (cv2.dilate(piece.astype(np.uint8), np.ones((n, n), np.uint8))>0 for n in (3, 7))
+    ring = gray[around & ~near & ~covered]
+    return ring.size==0 or np.quantile(ring, .75)<np.median(gray[inner])-60
+
 def _lead_pieces(small_image, covered, text_height):
     "Bright, uniform pieces of the size of a lead letter, outside of `covered`"
     side = max(small_image.shape)
@@ -178,10 +186,8 @@ def _lead_pieces(small_image, covered, text_height):
     is_piece[0] = False
     for k in np.flatnonzero(is_piece):
         l,t,w,h,_ = boxes[k]
-        window = np.s_[t:t+h, l:l+w]
-        piece = (labels[window]==k).astype(np.uint8)
-        inner = cv2.erode(piece, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT)>0
-        if not inner.any() or small_image[window][inner].std()>15: is_piece[k] = False
+        window = np.s_[max(0, t-3):t+h+3, max(0, l-3):l+w+3]
+        is_piece[k] = _is_lead(small_image[window], labels[window]==k, covered[window])
     return labels*is_piece[labels]
 
 # %% ../../nbs/2_data/29_overlays.ipynb #1eeb3432
