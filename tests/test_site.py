@@ -9,8 +9,8 @@ from elbowsynth.data.classes import PATHOLOGIES
 from elbowsynth.paper import FACTS
 from elbowsynth.report.tables import PROFILES
 from elbowsynth.site import (
-    PageParser, check_site, differs_page, exports, link_target, localize_links, module_name, nbdev_pages, read_bib,
-    read_notebooks, resolve)
+    PageParser, check_site, differs_page, exports, link_target, localize_links, module_name, nbdev_pages, raw_html_outputs, read_bib,
+    read_notebooks, resolve, run_finding, run_renderer, unlink_code, vendor_assets)
 
 NBS = ROOT/'nbs'
 PROSE = sorted(NBS.glob('*.qmd'))+[NBS/'index.ipynb']
@@ -31,20 +31,25 @@ def test_bibliography_has_the_sixty_references_of_the_paper():
     first = {e['paper']: (e['author'].split(',')[0].split(' and ')[0], e['year']) for e in refs.values() if 'paper' in e}
     assert (first['8'], first['21'], first['35'], first['45'], first['60'])==(('Gretton', '2012'), ('Gulrajani', '2017'), ('Gong', '2019'), ('Wang', '2004'), ('Zhou', '2022'))
 
+NOT_PROSE = r'```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|\{\{[^}]*\}\}|\{#[^}]*\}|\]\([^)]*\)|^---\n.*?^---$|@\w+'
+# Kinds of numbers that may be typed: places in the paper, names of models, licenses, file formats and versions
+ALLOWED_KINDS = r'(?:Sections?|Tables?|Figures?) \d[\d., and]*(?:to \d[\d.]*)?|FLUX\.1|ResNet-50|EfficientNet-Lite0|L40|Apache-2\.0|Python [\d.]+ to [\d.]+|16-bit|MMD²'
+MEASURES = r'\b(?:half|thirds?|quarters?|tenths?|dozens?|twenty|sixty|hundreds?|thousands?|millions?|billions?|percent)\b'
+
 def typed_numbers(text):
-    "Numbers in prose, except places in the paper, versions and formulas"
-    text = re.sub(r'```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|\{\{[^}]*\}\}|^---.*?^---', ' ', text, flags=re.S|re.M)
-    text = re.sub(r'Sections? [\d., and]+|FLUX\.1|ResNet-50|Apache-2\.0|Python [\d.]+ to [\d.]+|16-bit|\[\d\d (?=[^\]]+\]\()|\]\([^)]*\)', ' ', text)   # 16-bit: a kind of file
-    return re.findall(r'\d*\.\d+|\d+\s?%|\b\d{2,}\b', text)
+    "Numbers in prose, in digits or as words for quantities that are measured"
+    text = re.sub(NOT_PROSE, ' ', text, flags=re.S|re.M)
+    return re.findall(rf'\d*\.\d+|\d+\s?%|\b\d+\b|{MEASURES}', re.sub(ALLOWED_KINDS, ' ', text))
 
 @pytest.mark.parametrize('path', [pytest.param(p, id=p.stem) for p in PROSE])
 def test_no_number_is_typed(path):
     text = front_page() if path.stem=='index' else path.read_text(encoding='utf-8')
-    allowed = {'14', '15', '60'} if path.stem=='index' else set()            # see test_numbers_of_the_front_page
+    allowed = {'2', '14', '15', '60'} if path.stem=='index' else set()       # see test_numbers_of_the_front_page
     assert [n for n in typed_numbers(text) if n not in allowed]==[]
 
 def test_typed_numbers_are_found():
     assert typed_numbers('It was 0.85 (Section 3.2), 12 images, 30% and {{n}}, `0.1`, $x^{10}$.')==['0.85', '12', '30%']
+    assert typed_numbers("The paper's Tables 4 to 6 and Figure 9: about three quarters, a dozen in 7 rows [@wang2004].")==['quarters', 'dozen', '7']
 
 def test_numbers_of_the_front_page():
     text = front_page()
@@ -70,11 +75,16 @@ def test_links_of_the_pages_exist(path):
     text = front_page() if path.stem=='index' else path.read_text(encoding='utf-8')
     assert [link for link in page_links(path, text) if link not in GENERATED and not (NBS/link).is_file()]==[]
 
-def test_every_page_is_in_the_sidebar():
-    config = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+def sidebar_pages(contents):
+    "The pages of a sidebar or of a section"
     listed = []
-    for item in config['website']['sidebar']['contents']: listed += [item] if isinstance(item, str) else item['contents']
-    pages = {*read_notebooks(NBS), *GENERATED, *(p.name for p in NBS.glob('*.qmd'))}
+    for item in contents: listed += [item] if isinstance(item, str) else sidebar_pages(item['contents'])
+    return listed
+
+def test_every_page_but_the_first_is_in_one_sidebar():
+    config = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    listed = [name for sidebar in config['website']['sidebar'] for name in sidebar_pages(sidebar['contents'])]
+    pages = {*read_notebooks(NBS), *GENERATED, *(p.name for p in NBS.glob('*.qmd'))}-{'index.ipynb'}
     assert sorted(listed)==sorted(f'nbs/{name}' for name in pages)
 
 def test_key_pages_have_a_screenshot():
@@ -100,7 +110,9 @@ def words_without_links(text): return re.sub(r'!?\[([^\]]*)\]\([^)]*\)', r'\1', 
 def test_readme_is_the_front_page():
     text = (ROOT/'README.md').read_text(encoding='utf-8')
     assert '{{' not in text
-    assert words_without_links(text.split('-->', 1)[1])==words_without_links(front_page())
+    finding = run_finding(NBS/'results'/'demo')
+    assert finding in text, 'the README shows the finding of another run: make readme'
+    assert words_without_links(text.split('-->', 1)[1].replace(finding, '', 1))==words_without_links(front_page())
     links = [link for link in re.findall(r'\]\(([^)\s]+)\)', text) if not link.startswith(('http', '#'))]
     assert len(links)>50
     assert [link for link in links if not (ROOT/link.partition('#')[0]).is_file()]==[]
@@ -215,6 +227,126 @@ def test_the_check_finds_faults(site, tmp_path):
     page.write_text(page.read_text(encoding='utf-8').replace('</main>', '<p>::: see @fig-x</p><a href="no.html">n</a><img src="gone.png"></main>'), encoding='utf-8')
     found = '; '.join(check_site(tmp_path/'broken'))
     for sign in (':::', '@fig-x', 'no.html, which does not exist', 'gone.png is missing', 'without alternative text'): assert sign in found
+
+# Kinds of faults that a reader sees, on made fragments of what smalldocs and Quarto write
+
+FRAGMENTS = {                                                       # name to page, the fault that is reported, and a page without it
+    'raw link in a signature': (
+        '<pre><code class="sourceCode python">def f(\n    bone:dict, # From [`ends`](11_anatomy.ipynb#ends)\n)</code></pre>', 'raw link in code',
+        '<pre><code class="sourceCode python">def f(\n    bone:dict, # From `ends`\n)</code></pre>'),
+    'public address': (
+        '<a href="https://elbowsynth.github.io/elbowsynth/2_data/masks.html#f"><code>f</code></a>', 'public address', '<a href="a.html"><code>f</code></a>'),
+    'name broken at its hyphen': (
+        '<div class="sd-table"><table><tr><td>WGAN-GP, by MS-SSIM 6.9e-06</td></tr></table></div>', 'broken at a hyphen: WGAN-GP, MS-SSIM, 6.9e-06',
+        '<div class="sd-table"><table><tr><td><span class="nobr">WGAN-GP</span> is well-known</td></tr></table></div>'),
+    'clipped command': (
+        '<pre><code class="sourceCode bash">make study DATA=folder   # '+60*'x'+'</code></pre>', 'is clipped', '<pre><code class="sourceCode bash">make study DATA=folder</code></pre>'),
+    'open sidebar': (
+        '<nav id="quarto-sidebar"><ul class="collapse sidebar-section show"><li><a href="b.html" class="sidebar-link">b</a></li></ul></nav>', 'sections of the sidebar are open',
+        '<nav id="quarto-sidebar"><ul class="collapse sidebar-section"><li><a href="b.html" class="sidebar-link">b</a></li></ul></nav>'),
+    'no next page': (
+        '<nav id="quarto-sidebar"><a href="a.html" class="sidebar-link active">a</a><a href="b.html" class="sidebar-link">b</a></nav>', 'no link to the next page',
+        '<nav id="quarto-sidebar"><a href="a.html" class="sidebar-link active">a</a></nav><nav class="page-navigation"><a href="b.html">b</a></nav>'),
+    'raw column names': (
+        '<div class="sd-table"><table class="table"><tr><th>n_pairs</th></tr></table></div>', 'raw column names: n_pairs',
+        '<div class="cell-output-display"><table class="dataframe"><tr><th>n_pairs</th></tr></table></div>'),
+    'table that cannot scroll': (
+        '<table class="table"><tr><td>1</td></tr></table>', 'cannot scroll', '<div class="sd-table" tabindex="0"><table class="table"><tr><td>1</td></tr></table></div>'),
+    'Home on every page': (
+        '<a class="nav-link active" href="index.html">Home</a>', 'Home is marked as the open page', '<a class="nav-link" href="index.html">Home</a>'),
+    'jquery without requirejs': (
+        "<script type=\"application/javascript\">define('jquery', [],function() {return window.jQuery;})</script>", 'requirejs', '<script>let define = 1</script>'),
+    'web scripts of Quarto': (
+        '<script src="https://cdnjs.cloudflare.com/ajax/libs/require.js/2.3.6/require.min.js" crossorigin="anonymous"></script>', 'from the web', '<script src="k.js"></script>')}
+
+def made_site(folder, page, files=None):
+    "A site of three pages, one of them with a fragment in it"
+    folder.mkdir()
+    other = {'index.html': '', 'b.html': '', 'k.js': '', 'a.html': page}
+    for name, text in (other | (files or {})).items(): (folder/name).write_text(text)
+    return folder
+
+@pytest.mark.parametrize('kind', FRAGMENTS)
+def test_the_check_finds_each_kind(kind, tmp_path):
+    faulty, message, sound = FRAGMENTS[kind]
+    found = check_site(made_site(tmp_path/'faulty', faulty))
+    assert [f for f in found if message in f], found
+    assert check_site(made_site(tmp_path/'sound', sound))==[]
+
+@pytest.mark.parametrize('name, text, sign', [
+    ('bootstrap.css', '@import"https://fonts.googleapis.com/css2?family=Source+Sans+Pro:wght@300;400;700&display=swap";a{b:c}', 'from the web'),
+    ('site.css', 'html:not(.quarto-dark) main a { color: #17599f; }', 'body of a dark page'),
+    ('quarto-search.js', 'const fuse = new window.Fuse([], { ignoreLocation: true, threshold: 0.1 });', 'search finds words that are only similar')])
+def test_the_check_reads_styles_and_scripts(tmp_path, name, text, sign):
+    assert [f for f in check_site(made_site(tmp_path/'faulty', '', {name: text})) if f.startswith(name) and sign in f]
+
+QUARTO_PAGE = '''<!DOCTYPE html><html lang="en"><head>
+<script src="https://cdnjs.cloudflare.com/ajax/libs/require.js/2.3.6/require.min.js" integrity="sha512-c3" crossorigin="anonymous"></script>
+<script src="https://cdnjs.cloudflare.com/ajax/libs/jquery/3.5.1/jquery.min.js" integrity="sha512-bL" crossorigin="anonymous" data-relocate-top="true"></script>
+<script type="application/javascript" data-relocate-top="true">define('jquery', [],function() {return window.jQuery;})</script>
+<script src="https://cdnjs.cloudflare.com/polyfill/v3/polyfill.min.js?features=es6"></script>
+<script defer="" src="https://cdn.jsdelivr.net/npm/katex@0.15.1/dist/katex.min.js"></script>
+<link rel="stylesheet" href="https://cdn.jsdelivr.net/npm/katex@0.15.1/dist/katex.min.css" />
+<script src="../../site_libs/quarto-search/quarto-search.js"></script></head><body class="nav-sidebar quarto-dark"><main>
+<section id="bones"><h2 class="anchored" data-anchor-id="bones">Bones</h2>
+<p>An <span class="math inline">x</span>. <img src="b.png" class="img-fluid"></p>
+<figure class="figure"><p><img src="b.png"></p><figcaption>Figure&nbsp;1: Two bones</figcaption></figure>
+<div class="cell-output cell-output-display"><div><table class="dataframe do-not-create-environment cell table table-sm table-striped small"><tr><td>MS-SSIM</td></tr></table></div></div>
+<table class="caption-top table"><tbody><tr><td>-0.5</td><td>6.914e-06</td></tr></tbody></table></section></main></body></html>'''
+
+QUARTO_CSS = '@import"https://fonts.googleapis.com/css2?family=Source+Sans+Pro:wght@300;400;700&display=swap";:root{--bs-blue: #2780e3}'
+
+@pytest.fixture(scope='module')
+def quarto_site(tmp_path_factory):
+    "A small site as Quarto writes it, vendored"
+    site = tmp_path_factory.mktemp('quarto')/'_docs'
+    libs, pages = site/'site_libs', site/'nbs'/'1_a'
+    for folder in (libs/'bootstrap', libs/'quarto-search', pages): folder.mkdir(parents=True)
+    (libs/'bootstrap'/'bootstrap-1a2b.min.css').write_text(QUARTO_CSS)
+    (libs/'quarto-search'/'quarto-search.js').write_text('const fuse = new window.Fuse([], { ignoreLocation: true, threshold: 0.1 });')
+    (pages/'b.png').write_bytes(b'')
+    (pages/'b.html').write_text(QUARTO_PAGE)
+    (site/'nbs'/'site.css').write_text((NBS/'site.css').read_text())
+    assert len(check_site(site))>8
+    vendor_assets(site)
+    return site
+
+def test_pages_of_quarto_work_offline(quarto_site):
+    assert check_site(quarto_site)==[]
+    assert (quarto_site/'site_libs'/'bootstrap'/'bootstrap-1a2b.min.css').read_text()==':root{--bs-blue: #2780e3}'
+    page = (quarto_site/'nbs'/'1_a'/'b.html').read_text()
+    assert not re.search('https?:', page) and '../../site_libs/katex/katex.min.js' in page
+
+def test_images_of_quarto_get_an_alternative_text(quarto_site):
+    page = (quarto_site/'nbs'/'1_a'/'b.html').read_text()
+    assert re.findall(r'alt="([^"]*)"', page)==['Bones', 'Figure 1: Two bones']
+
+def test_html_outputs_do_not_make_quarto_load_requirejs():
+    cells = [{'cell_type': 'code', 'outputs': [{'data': {'text/html': ['<b>1</b>\n', '```'], 'text/plain': '1'}}, {'text': 'x'}]}, {'cell_type': 'markdown'}]
+    raw_html_outputs(cells)
+    assert cells[0]['outputs'][0]['data']=={'text/markdown': '````{=html}\n<b>1</b>\n```\n````', 'text/plain': '1'}
+
+def test_the_configuration_suits_both_renderers():
+    config = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    assert config['format']['html']['html-math-method']=='katex' and config['website']['page-navigation'] is True
+    sidebars = config['website']['sidebar']
+    links = [item['href'] for item in config['website']['navbar']['left']]
+    for sidebar in sidebars:                                        # Quarto marks the first link that the page's sidebar has
+        listed = sidebar_pages(sidebar['contents'])
+        assert sidebar['collapse-level']==1 and len([link for link in links if link in listed])==1
+
+def test_links_of_docstrings_stay_on_the_site():
+    pages = {'2_data/masks': '2_data/31_masks.ipynb'}
+    text = '[`f`](https://x.org/y/2_data/masks.html#f) and [`old`](https://x.org/y/gone.html#old) and [`z`](https://z.org/gone.html)'
+    assert localize_links(text, 'https://x.org/y', pages)=='[`f`](2_data/31_masks.ipynb#f) and `old` and [`z`](https://z.org/gone.html)'
+    fenced = '[`f`](a.ipynb#f)\n```python\ndef f(\n    b, # From [`g`](a.ipynb#g), see [words](b.ipynb)\n)\n```\n[`g`](a.ipynb)'
+    assert unlink_code(fenced)=='[`f`](a.ipynb#f)\n```python\ndef f(\n    b, # From `g`, see words\n)\n```\n[`g`](a.ipynb)'
+
+def test_what_a_renderer_says_is_heard(tmp_path, capsys):
+    script = 'import sys\nfor i in range(3): print(f"[{i}/3] page")\nprint("WARNING: no such key", file=sys.stderr)\nsys.exit({})'
+    assert run_renderer([sys.executable, '-c', script.replace('{}', '0')], tmp_path)==['WARNING: no such key']
+    assert '[2/3] page' in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match='(?s)ended with exit code 3.*no such key'): run_renderer([sys.executable, '-c', script.replace('{}', '3')], tmp_path)
 
 def serve(folder):
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -365,7 +497,8 @@ def hostile_run(tmp_path_factory):
     from elbowsynth.run import write_report
     folder = tmp_path_factory.mktemp('hostile')
     run, model = write_hostile_run(folder)
-    return run, write_report(run, execute_report(run, model, folder))
+    execute_report(run, model, folder)
+    return run, write_report(run)
 
 LIVE = """() => [...document.querySelectorAll('*')].filter(e => [...e.attributes].some(a => a.name.startsWith('on') && a.value.includes('fired')
                   || a.value.trim().startsWith('javascript:'))).map(e => e.outerHTML)"""
@@ -377,6 +510,7 @@ def opened_in_browser(browser, path):
     page.add_init_script('window.ran = []; window.fired = name => window.ran.push(name)')
     page.on('request', lambda r: None if r.url.startswith('data:') else requests.append(r.url))
     page.goto(path.as_uri(), wait_until='load')
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")     # a folded part is read, too
     found = page.evaluate('window.ran'), [r for r in requests if r!=path.as_uri()], page.evaluate(LIVE), page.inner_text('body')
     page.close()
     return found
