@@ -161,11 +161,11 @@ def _inpaint(gray, overlay):
 # %% ../../nbs/2_data/29_overlays.ipynb #65565384
 def _is_lead(gray, piece, covered):
     "Whether a piece is uniform and stands out from all that is around it, as bone does not"
-    inner = cv2.erode(piece.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0)>0
-    if not inner.any() or gray[inner].std()>15: return False
+    core = gray[piece][gray[piece]>=np.median(gray[piece])]         # without the blurred edge
+    if core.std()>15: return False
     near, around = (cv2.dilate(piece.astype(np.uint8), np.ones((n, n), np.uint8))>0 for n in (3, 7))
     ring = gray[around & ~near & ~covered]
-    return ring.size==0 or np.quantile(ring, .75)<np.median(gray[inner])-60
+    return ring.size==0 or np.quantile(ring, .75)<np.median(core)-60
 
 def _lead_pieces(small_image, covered, text_height):
     "Bright, uniform pieces of the size of a lead letter, outside of `covered`"
@@ -180,7 +180,7 @@ def _lead_pieces(small_image, covered, text_height):
     labels, boxes = components[1:3]
     l,t,w,h,_ = boxes.T
     long, narrow = np.maximum(w, h), np.minimum(w, h)
-    is_piece = (long>=.012*side) & (long<=.09*side) & (narrow>=2)
+    is_piece = (long>=.012*side) & (long<=.09*side) & (narrow>=np.maximum(2, long/6)) # no line
     is_piece &= (l>0) & (t>0) & (l+w<small_image.shape[1]) & (t+h<len(small_image))
     is_piece &= np.isin(np.arange(len(boxes)), np.unique(labels[is_marker[wholes]]))
     is_piece[0] = False
