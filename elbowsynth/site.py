@@ -640,6 +640,7 @@ def stage_results(
     lead = (f'From the run `{values["run"]}`, the one that all pages of this site show '
             '([results](../results.qmd)).')
     section = '\n\n'.join([rebase_links(text, '', folder) for text in shown])
+    section = re.sub(r'\{#fig-[\w-]+ ', '{', section)           # numbers belong to the examples
     return f'## In the run {{#in-the-run}}\n\n{lead}\n\n{section}'
 
 def add_stage_results(
@@ -650,7 +651,10 @@ def add_stage_results(
     if not text: return nb
     kinds = [cell['cell_type'] for cell in nb['cells']]
     start = kinds.index('markdown')
-    place = start+kinds[start:].index('code') if 'code' in kinds[start:] else len(kinds)
+    def starts_a_section(k):
+        return kinds[k]=='code' or ''.join(nb['cells'][k]['source']).startswith('## ')
+    later = [k for k in range(start+1, len(kinds)) if starts_a_section(k)]
+    place = later[0] if later else len(kinds)
     cell = copy.deepcopy(nb['cells'][start])
     cell['source'] = text
     cell['id'] = 'in-the-run'
@@ -837,9 +841,8 @@ WEB_LIBRARIES = re.compile(
     r'<script\b[^>]*\bsrc="https?://[^"]*(?:require|jquery|polyfill|mathjax)[^"]*"[^>]*></script>'
     r"|<script\b[^>]*>\s*define\('jquery'.*?</script>", re.S|re.I)
 WEB_IMPORT = re.compile(
-    r'@import\s*(?:url\(\s*)?'
-    r'(?:"(?:https?:)?//[^"]*"|\'(?:https?:)?//[^\']*\'|(?:https?:)?//[^)"\';]*)'
-    r'\s*\)?[^;{}]*;?')
+    r'@import\s*(?:url\(\s*["\']?(?:https?:)?//[^)]*\)'
+    r'|"(?:https?:)?//[^"]*"|\'(?:https?:)?//[^\']*\')[^;{}]*;?')
 
 # %% ../nbs/9_run/91_site.ipynb #9d95824d
 HYPHENATED = re.compile(r'(?<![\w&#;/.+-])(?=[\w.+-]*[A-Z\d])[\w.+]+(?:-[\w.²]+)+')

@@ -294,6 +294,8 @@ QUARTO_PAGE = '''<!DOCTYPE html><html lang="en"><head>
 <div class="cell-output cell-output-display"><div><table class="dataframe do-not-create-environment cell table table-sm table-striped small"><tr><td>MS-SSIM</td></tr></table></div></div>
 <table class="caption-top table"><tbody><tr><td>-0.5</td><td>6.914e-06</td></tr></tbody></table></section></main></body></html>'''
 
+# smalldocs writes url(...), Quarto quotes; both addresses have a semicolon, at which the style sheet must not be cut
+SMALLDOCS_CSS = '@import url(https://fonts.googleapis.com/css2?family=Source+Sans+Pro:wght@300;400;700&display=swap);:root{--bs-blue: #2780e3}'
 QUARTO_CSS = '@import"https://fonts.googleapis.com/css2?family=Source+Sans+Pro:wght@300;400;700&display=swap";:root{--bs-blue: #2780e3}'
 
 @pytest.fixture(scope='module')
@@ -304,6 +306,7 @@ def quarto_site(tmp_path_factory):
     for folder in (libs/'bootstrap', libs/'quarto-search', pages): folder.mkdir(parents=True)
     (libs/'bootstrap'/'bootstrap-1a2b.min.css').write_text(QUARTO_CSS)
     (libs/'quarto-search'/'quarto-search.js').write_text('const fuse = new window.Fuse([], { ignoreLocation: true, threshold: 0.1 });')
+    (libs/'bootstrap'/'cosmo.css').write_text(SMALLDOCS_CSS)
     (pages/'b.png').write_bytes(b'')
     (pages/'b.html').write_text(QUARTO_PAGE)
     (site/'nbs'/'site.css').write_text((NBS/'site.css').read_text())
@@ -313,7 +316,8 @@ def quarto_site(tmp_path_factory):
 
 def test_pages_of_quarto_work_offline(quarto_site):
     assert check_site(quarto_site)==[]
-    assert (quarto_site/'site_libs'/'bootstrap'/'bootstrap-1a2b.min.css').read_text()==':root{--bs-blue: #2780e3}'
+    for name in ('bootstrap-1a2b.min.css', 'cosmo.css'):
+        assert (quarto_site/'site_libs'/'bootstrap'/name).read_text()==':root{--bs-blue: #2780e3}'
     page = (quarto_site/'nbs'/'1_a'/'b.html').read_text()
     assert not re.search('https?:', page) and '../../site_libs/katex/katex.min.js' in page
 
