@@ -12,8 +12,8 @@ import numpy as np, pandas as pd
 from pathlib import Path
 from ..paper import MODEL_NAMES
 from .run_summary import (
-    format_score, is_simulated, model_names, read_stage_file, small_base_models)
-from .tables import as_markdown, read_results
+    display_names, format_score, is_simulated, model_names, read_stage_file, small_base_models)
+from .tables import as_markdown, read_results, run_names
 
 # %% ../../nbs/6_report/83_claims.ipynb #3e9775ad
 def blocking_conditions(
@@ -25,10 +25,12 @@ def blocking_conditions(
     conditions = []
     if is_simulated(values): conditions.append('simulated images')
     if 'preprocess' not in values: conditions.append('images of unknown source')
+    names = display_names(models, values)
     small = small_base_models(models, values)
-    if small: conditions.append(f'small base models ({model_names(small)})')
+    if small: conditions.append(f'small base models ({model_names(small, names)})')
     few_seeds = [m for m in models if n_seeds.get(m, 0)<3]
-    if few_seeds: conditions.append(f'fewer than three seeds ({model_names(few_seeds)})')
+    if few_seeds:
+        conditions.append(f'fewer than three seeds ({model_names(few_seeds, names)})')
     return conditions
 
 # %% ../../nbs/6_report/83_claims.ipynb #1ebbc7e7
@@ -85,9 +87,10 @@ def ordering_holds(
 def format_scores(
     scores:dict[str,float], # Name to score
     metric:str='ssim', # For the number of digits
+    names:dict={}, # The paper's name of a model to its name in the run, where they differ
 )->str:
-    "Scores with their names"
-    return ', '.join(f'{name} {format_score(score, metric, "not scored")}'
+    "Scores with the names of the run's models"
+    return ', '.join(f'{names.get(name, name)} {format_score(score, metric, "not scored")}'
                      for name, score in scores.items())
 
 def by_name(
@@ -111,6 +114,8 @@ class RunResults:
     def __init__(self, results:Path): # Folder written by `collect_results`
         self.facts, self.metrics_info, self.tables = read_results(results)
         self.n_seeds = _seed_counts(results)
+        in_run = run_names(self.facts)
+        self.names = {name: in_run[model] for model, name in MODEL_NAMES.items()}
 
     def last_main_epoch(self, model):
         "Last epoch before the boosted learning rate; without one, larger than any epoch"
@@ -197,32 +202,32 @@ def gan_claims(
             results, 'TAC-GAN above AC-GAN above WGAN-GP', paper_section='Section 5',
             deciding_statistic='SSIM of the checkpoint selected by validation: paired by image, '
                                'three seeds each, corrected for three comparisons',
-            result=format_scores(ssim),
+            result=format_scores(ssim, names=results.names),
             direction=ordering_holds(ssim.values()), models=gans),
         claim_row(
             results, 'AC-GAN best by MMD', paper_section='Section 5',
             deciding_statistic='unbiased MMD² with intervals by patient, three seeds',
-            result=format_scores(mmd, 'mmd2'),
+            result=format_scores(mmd, 'mmd2', names=results.names),
             direction=ordering_holds(mmd_order), models=gans),
         claim_row(
             results, 'WGAN-GP improves slowly but steadily', paper_section='Section 4.1',
             deciding_statistic='share of steps between checkpoints in which SSIM increases, over '
                                'seeds',
-            result=format_scores({'share of increases': wgan_monotonicity}),
+            result=format_scores({'share of increases': wgan_monotonicity}, names=results.names),
             direction=ordering_holds([.5, wgan_monotonicity]), models=['wgan_gp']),
         claim_row(
             results, 'AC-GAN and TAC-GAN get worse after their first checkpoint',
             paper_section='Sections 4.1, 5',
             deciding_statistic='last SSIM minus the best before it, trained checkpoints only, '
                                'with an interval by patient',
-            result=format_scores(change),
+            result=format_scores(change, names=results.names),
             direction=ordering_holds([np.maximum(*change.values()), 0]), models=gans[1:]),
         claim_row(
             results,
             "AC-GAN's orientation is unstable, TAC-GAN's is not", paper_section='Section 4.1',
             deciding_statistic="agreement of an image's side and axis across checkpoints; until "
                                "then, standard deviation of a pair's SSIM between checkpoints",
-            result=format_scores(variability),
+            result=format_scores(variability, names=results.names),
             direction=ordering_holds(variability.values()), models=gans[1:]),
         claim_row(
             results, 'GANs collapse above 256 pixels', paper_section='Sections 3.3, 5',
@@ -249,7 +254,8 @@ def _similarity_claims(results):
     inside_ssim = by_name(both, results.region_ssim, 'inside')
     has_inside = not any(np.isnan(v) for v in inside_ssim.values())
     ssim = inside_ssim if has_inside else full_ssim
-    ssim_text = format_scores(ssim)+(' (inside the mask)' if has_inside else ' (full images)')
+    region = ' (inside the mask)' if has_inside else ' (full images)'
+    ssim_text = format_scores(ssim, names=results.names)+region
     mmd = by_name(both, results.selected_score, 'mmd2', 'raw')
     boundary_ssim = by_name(both, results.region_ssim, 'boundary', 'raw')
     def share_of_increases(model):
@@ -265,20 +271,20 @@ def _similarity_claims(results):
             results, 'FLUX better than SDXL by MMD', paper_section='Section 5',
             deciding_statistic='unbiased MMD² of the images before compositing, with intervals by '
                                'patient',
-            result=format_scores(mmd, 'mmd2'),
+            result=format_scores(mmd, 'mmd2', names=results.names),
             direction=ordering_holds([-v for v in mmd.values()]), models=both),
         claim_row(
             results,
             "FLUX's curve is the smoother one", paper_section='Section 5',
             deciding_statistic='share of steps between checkpoints in which SSIM increases, over '
                                'seeds',
-            result=format_scores(increases),
+            result=format_scores(increases, names=results.names),
             direction=ordering_holds(increases.values()), models=both),
         claim_row(
             results, 'FLUX blends, SDXL does not', paper_section='Sections 4.2, 5',
             deciding_statistic='SSIM along the mask boundary of the images before compositing, '
                                'paired by image',
-            result=format_scores(boundary_ssim),
+            result=format_scores(boundary_ssim, names=results.names),
             direction=ordering_holds(boundary_ssim.values()), models=both)]
 
 # %% ../../nbs/6_report/83_claims.ipynb #86830071
@@ -299,7 +305,7 @@ def _training_claims(results):
             paper_section='Section 5',
             deciding_statistic='change of SSIM during the boosted epochs, compared with a control '
                                'at the normal learning rate',
-            result=format_scores(boost)+' (no control)',
+            result=format_scores(boost, names=results.names)+' (no control)',
             direction=ordering_holds([boost['FLUX'], 0]), models=['flux']),
         claim_row(
             results, 'A plateau of MMD is a sign of diversity', paper_section='Section 5',

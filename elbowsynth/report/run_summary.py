@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MARKUP', 'CONTENT_SECURITY_POLICY', 'METRIC_NAMES', 'METRIC_VARIANTS', 'PLACE_PARAMETERS', 'BASELINE_NAMES',
-           'escape_text', 'code_text', 'show_table', 'secure_page', 'model_names', 'format_score', 'read_stage_file',
-           'read_stage_files', 'stage_values', 'is_simulated', 'data_source_text', 'small_base_models', 'short_value',
-           'stage_defaults', 'changed_values', 'run_summary_text', 'open_run', 'read_rejects', 'preprocessing_counts',
-           'preprocessing_text', 'mask_counts', 'masks_text', 'normal_pairs', 'table1', 'noise_scores',
-           'baselines_text', 'checkpoint_selection_table', 'training_seed', 'seed_table', 'ranking', 'ranking_text',
+           'CHANGE_COLUMNS', 'escape_text', 'code_text', 'show_table', 'secure_page', 'model_names', 'format_score',
+           'read_stage_file', 'read_stage_files', 'stage_values', 'is_simulated', 'data_source_text',
+           'small_base_models', 'display_names', 'short_value', 'stage_defaults', 'changed_values', 'run_summary_text',
+           'open_run', 'read_rejects', 'preprocessing_counts', 'preprocessing_text', 'mask_counts', 'masks_text',
+           'normal_pairs', 'table1', 'noise_scores', 'reference_name', 'baselines_text', 'checkpoint_selection_table',
+           'shown_epoch', 'checkpoint_changes', 'training_seed', 'seed_table', 'ranking', 'ranking_text',
            'coverage_text', 'model_summary_text', 'format_interval', 'interval_table', 'limitations_text']
 
 # %% ../../nbs/6_report/80_run_summary.ipynb #70dd9bd3
@@ -18,8 +19,9 @@ from pathlib import Path
 from ..core import content_hash, require_path, root
 from ..stages import Stage, option_defaults, stages
 from ..paper import MODEL_NAMES, PAPER_TABLE1
-from ..data.labels import read_pairs, unescape_cells
+from ..data.labels import read_pairs, read_stage_table
 from ..diffusion.settings import CONFIGS
+from ..evaluation.stats import cluster_bootstrap, insufficient_data_reason
 
 # %% ../../nbs/6_report/80_run_summary.ipynb #3f69f846
 # Characters that can start markup; plain names, numbers and intervals stay as they are
@@ -69,9 +71,10 @@ METRIC_VARIANTS = METRIC_NAMES | {
 
 def model_names(
     models, # Folders of models
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->str: # Separated by commas
-    "The models by their names in the paper"
-    return ', '.join(MODEL_NAMES.get(m, escape_text(m)) for m in models)
+    "The models by their names in the paper, or by those of the run"
+    return ', '.join(escape_text(names.get(m, m)) for m in models)
 
 def format_score(
     value, # A score, NaN if there is none
@@ -91,7 +94,7 @@ def read_stage_file(
     "Read a file that a stage wrote, or raise an error that names the file and the stage"
     path = require_path(path, stage)
     try:
-        if path.suffix=='.csv': return unescape_cells(pd.read_csv(path, **kwargs))
+        if path.suffix=='.csv': return read_stage_table(path, **kwargs)
         return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e:
         reason = str(e).splitlines()[0]
@@ -140,6 +143,20 @@ def small_base_models(
 )->list[str]: # Those of `models`
     "The models that were fine-tuned from a small base model"
     return [m for m in models if 'tiny' in str(values.get(m, {}).get('base_model', '')).lower()]
+
+# %% ../../nbs/6_report/80_run_summary.ipynb #e7170147
+def display_names(
+    models:list[str], # Folders of models
+    values:dict[str,dict], # As returned by `stage_values`
+)->dict[str,str]: # Model to the name by which a run shows it
+    "The paper's name of a model, or the name of the small base model that it started from"
+    names = {}
+    for model in models:
+        names[model] = MODEL_NAMES.get(model, model)
+        if not small_base_models([model], values): continue
+        base_model = Path(values[model]['base_model']).name
+        names[model] = base_model if model in MODEL_NAMES else f'{model} ({base_model})'
+    return names
 
 # %% ../../nbs/6_report/80_run_summary.ipynb #9f4275bc
 PLACE_PARAMETERS = ('run', 'data', 'device', 'max_minutes')  # Where and for how long, not what
@@ -192,9 +209,11 @@ def run_summary_text(
         sizes[subset] = f'{len(t)} pairs from {n_images} images of {n_patients} patients'
     data = (f'A pair is a radiograph with one of its pathologies. Training set: {sizes["train"]}. '
             f'Test set: {sizes["test"]}; no patient is in both.')
-    models = f'Models with samples: **{model_names(metrics_info["models"])}**.'
+    listed = [*metrics_info['models'], *metrics_info['missing_models']]
+    names = display_names(listed, values)
+    models = f'Models with samples: **{model_names(metrics_info["models"], names)}**.'
     if metrics_info['missing_models']:
-        missing = model_names(metrics_info['missing_models'])
+        missing = model_names(metrics_info['missing_models'], names)
         models += f' Not run, or without samples yet: {missing}.'
     size, extractor = metrics_info['size'], escape_text(metrics_info['extractor'])
     scoring = f'Images were scored at {size} x {size} pixels. '
@@ -231,7 +250,8 @@ def read_rejects(
 def preprocessing_counts(
     images:Path, # Folder that `preprocess` wrote
 )->dict[str,int]: # Of files: n_images, n_overlay, n_inverted, n_cropped, n_rejected
-    "How many radiographs preprocessing changed in which way, and how many it rejected"
+    "What preprocessing did to how many radiographs; empty if `images.csv` does not record it"
+    if not (Path(images)/'images.csv').is_file(): return {}
     table = read_stage_file(Path(images)/'images.csv', 'preprocess')
     return {'n_images': len(table), 'n_overlay': int((table.overlay_blocks>0).sum()),
             'n_inverted': int(table.inverted.astype(bool).sum()),
@@ -294,6 +314,7 @@ def normal_pairs(
 def table1(
     best:pd.DataFrame, # As in `best_checkpoints.csv`
     task:str, # `full image` or `inpainting`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->pd.DataFrame: # Scores as text
     "The best scores of the models of one task, as in Table 1, beside the paper's"
     columns = ['Metric', 'Model', 'Best score', 'Noise improvement', 'Epoch', 'Pairs',
@@ -304,7 +325,7 @@ def table1(
         if o.model in PAPER_TABLE1.get(o.metric, {}):
             paper_score, paper_improvement, _ = PAPER_TABLE1[o.metric][o.model]
         rows.append((
-            METRIC_VARIANTS[o.metric], MODEL_NAMES.get(o.model, o.model),
+            METRIC_VARIANTS[o.metric], names.get(o.model, o.model),
             format_score(o.score, o.metric, ''), format_score(o.noise_improvement, '', ''),
             o.epoch, o.n_pairs, format_score(o.noise_score, o.metric, ''),
             format_score(paper_score, o.metric, ''), format_score(paper_improvement, '', '')))
@@ -328,7 +349,7 @@ BASELINE_NAMES = {
     'noise_mask': 'noise inside the mask', 'mean_fill': 'a mask filled with the mean gray',
     'telea': "Telea's inpainting", 'untrained': 'the model before training'}
 
-def _beaten_model_text(rows, metric):
+def _beaten_model_text(rows, metric, names):
     "The baselines that are better than one model, the best first"
     rows = rows.sort_values('baseline_score', ascending=metric.startswith('mmd'))
     baselines = []
@@ -336,18 +357,34 @@ def _beaten_model_text(rows, metric):
         name = BASELINE_NAMES.get(o.baseline, escape_text(o.baseline))
         baselines.append(f'{name} ({format_score(o.baseline_score, metric)})')
     score = format_score(rows.score.iloc[0], metric)
-    return f'{model_names(rows.model[:1])} ({score}) by {", ".join(baselines)}'
+    return f'{model_names(rows.model[:1], names)} ({score}) by {", ".join(baselines)}'
+
+# %% ../../nbs/6_report/80_run_summary.ipynb #88e5bee5
+def reference_name(
+    row:str, # Folder of a model, or a baseline, as in `confidence_intervals.csv`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
+)->str: # Text that is not escaped
+    "The name of a model or of what it is compared with"
+    if row in names: return names[row]
+    if row=='other_real': return 'an unrelated real image'
+    autoencoder = re.fullmatch(r'vae_(\w+?)(_fill)?', row)
+    if not autoencoder: return BASELINE_NAMES.get(row, row)
+    model = names.get(autoencoder[1], autoencoder[1])
+    region = ', inside the mask only' if autoencoder[2] else ''
+    return f'the original through the autoencoder of {model}{region}'
 
 # %% ../../nbs/6_report/80_run_summary.ipynb #5807ac48
 def baselines_text(
     comparison:pd.DataFrame, # As in `baseline_comparison.csv`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->str: # Markdown
     "Which models a baseline that learns nothing beats, in words"
     if not len(comparison): return 'No trained model was compared with baselines.'
     lines = []
     for metric,name in METRIC_NAMES.items():
         rows = comparison[(comparison.metric==metric) & comparison.baseline_is_better]
-        beaten = [_beaten_model_text(t, metric) for _, t in rows.groupby('model', sort=False)]
+        by_model = rows.groupby('model', sort=False)
+        beaten = [_beaten_model_text(t, metric, names) for _, t in by_model]
         if beaten: lines.append(f'- By {name}: {"; ".join(beaten)}.')
     known = [BASELINE_NAMES[b] for b in BASELINE_NAMES if b in set(comparison.baseline)]
     baselines = ', '.join(known)
@@ -360,13 +397,14 @@ def baselines_text(
 # %% ../../nbs/6_report/80_run_summary.ipynb #c4b2ab74
 def checkpoint_selection_table(
     selection:pd.DataFrame, # As in `checkpoint_selection.csv`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->pd.DataFrame: # Score and epoch as text
     "Scores of the best, the selected and the last checkpoint"
     columns = {'best': 'Best on test (epoch)', 'selected': 'Selected by validation (epoch)',
                'last': 'Last (epoch)'}
     rows = []
     for o in selection.to_dict('records'):
-        row = {'Model': MODEL_NAMES.get(o['model'], o['model']),
+        row = {'Model': names.get(o['model'], o['model']),
                'Metric': METRIC_VARIANTS[o['metric']]}
         for key, column in columns.items():
             score, epoch = o[f'{key}_score'], o[f'{key}_epoch']
@@ -374,6 +412,64 @@ def checkpoint_selection_table(
                            else f'{format_score(score, o["metric"])} ({epoch:.0f})')
         rows.append(row)
     return pd.DataFrame(rows)
+
+# %% ../../nbs/6_report/80_run_summary.ipynb #1eaa6be7
+def shown_epoch(
+    epochs:list[int], # With samples
+    selected_epoch:int=None, # Checkpoint selected by validation, if there is one
+    last_main_epoch:int=None, # Last epoch before the boosted learning rate, if there is one
+)->int:
+    "The selected checkpoint, else the last one before the boosted learning rate"
+    if selected_epoch in epochs: return selected_epoch
+    main_epochs = [e for e in epochs if last_main_epoch is None or e<=last_main_epoch]
+    return max(main_epochs or epochs)
+
+# %% ../../nbs/6_report/80_run_summary.ipynb #971dc3a0
+def _paired_change(scores, epoch_from, epoch_to):
+    "SSIM of two checkpoints of a model over the pairs that both have, and their difference"
+    wide = scores.pivot_table(index=['pair', 'patient', 'image'], columns='epoch', values='ssim')
+    wide = wide[[epoch_from, epoch_to]].dropna().reset_index()
+    before, after = wide[epoch_from], wide[epoch_to]
+    row = {'epoch_from': epoch_from, 'epoch_to': epoch_to, 'n_pairs': len(wide),
+           'n_patients': wide.patient.nunique(), 'n_images': wide.image.nunique(),
+           'score_from': before.mean(), 'score_to': after.mean(),
+           'difference': (after-before).mean()}
+    ends = ('score_low', 'score_high', 'ci_low', 'ci_high')
+    row['reason'] = insufficient_data_reason(wide.patient, wide.image)
+    if row['reason']: return row | dict.fromkeys(ends, np.nan)
+    score = cluster_bootstrap(after, wide.patient)
+    change = cluster_bootstrap(after-before, wide.patient)
+    limits = [interval[end] for interval in (score, change) for end in ('ci_low', 'ci_high')]
+    return row | dict(zip(ends, limits))
+
+# %% ../../nbs/6_report/80_run_summary.ipynb #3aa40d4d
+CHANGE_COLUMNS = [
+    'model', 'phase', 'metric', 'epoch_from', 'epoch_to', 'score_from', 'score_to', 'score_low',
+    'score_high', 'difference', 'ci_low', 'ci_high', 'n_pairs', 'n_patients', 'n_images', 'reason']
+
+# %% ../../nbs/6_report/80_run_summary.ipynb #86bffa91
+def checkpoint_changes(
+    scores:pd.DataFrame, # As in `scores.csv`: model, source, epoch, pair, ssim
+    pairs:pd.DataFrame, # All pairs of the split
+    selection:pd.DataFrame, # As in `checkpoint_selection.csv`
+    values:dict[str,dict], # As returned by `stage_values`
+)->pd.DataFrame: # `CHANGE_COLUMNS`; phase is `training` or `boost`
+    "How SSIM changed in training and in the boosted epochs"
+    t = scores[scores.source=='samples'].merge(pairs[['pair', 'patient', 'image']], on='pair')
+    rows = []
+    for model, own in t.groupby('model', sort=False):
+        epochs = sorted(own.epoch.unique().tolist())
+        last_main = values.get(model, {}).get('epochs')
+        selected = selection.selected_epoch[selection.model==model].dropna()
+        shown = shown_epoch(epochs, int(selected.iloc[0]) if len(selected) else None, last_main)
+        steps = {'training': (epochs[0], shown)}
+        if last_main is not None and epochs[-1]>last_main:
+            steps['boost'] = (shown_epoch(epochs, None, last_main), epochs[-1])
+        for phase, (start, end) in steps.items():
+            if start==end: continue
+            change = _paired_change(own, start, end)
+            rows.append({'model': model, 'phase': phase, 'metric': 'ssim'} | change)
+    return pd.DataFrame(rows, columns=CHANGE_COLUMNS)
 
 # %% ../../nbs/6_report/80_run_summary.ipynb #a328e34c
 def training_seed(
@@ -423,10 +519,11 @@ def ranking(
     table:pd.DataFrame, # As returned by `seed_table`
     metric:str, # ssim, ms_ssim, mmd2 or mmd2_paper_unit_sigma10
     task:str='full image', # Or `inpainting`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->list[str]: # Models, the best first
     "Order of the models' means; refused if a model was trained from fewer than three seeds"
     t = table[(table.metric==metric) & (table.task==task)]
-    problems = [f'{MODEL_NAMES.get(o.model, o.model)} was trained from {o.n_seeds}'
+    problems = [f'{names.get(o.model, o.model)} was trained from {o.n_seeds}'
                 for o in t.itertuples() if o.n_seeds<3]
     if len(t)<2 and not problems: problems = ['there are fewer than two models']
     if problems:
@@ -438,14 +535,17 @@ def ranking(
 # %% ../../nbs/6_report/80_run_summary.ipynb #6aa38bd5
 def ranking_text(
     table:pd.DataFrame, # As returned by `seed_table`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->str: # Markdown
     "The rankings that the seeds allow, or why there are none"
     lines = []
     for task in dict.fromkeys(table.task):
         for metric in ('ssim', 'ms_ssim', 'mmd2'):
-            try: order = model_names(ranking(table, metric, task)).replace(', ', ', then ')
+            try: ranked = ranking(table, metric, task, names)
             except ValueError as e: reason = str(e)
-            else: lines.append(f'- By {METRIC_NAMES[metric]} ({task}, means over seeds): {order}.')
+            else:
+                order = model_names(ranked, names).replace(', ', ', then ')
+                lines.append(f'- By {METRIC_NAMES[metric]} ({task}, means over seeds): {order}.')
     if lines: return '\n'.join(lines)
     return f'**The order of the models in these tables is no ranking**: {escape_text(reason)}.'
 
@@ -472,7 +572,7 @@ def model_summary_text(
     values:dict, # Of the model's stage; empty if not recorded
 )->str: # Markdown
     "What to know before looking at a model's curves"
-    heading = f'### {model_names([model])}\n\n'
+    heading = f'### {model_names([model], display_names([model], {model: values}))}\n\n'
     t = summary[(summary.model==model) & (summary.source=='samples')]
     if not len(t): return heading+'No samples in this run, so there is nothing to show.'
     if model in metrics_info['inpainting_models']:
@@ -505,6 +605,7 @@ def format_interval(
 # %% ../../nbs/6_report/80_run_summary.ipynb #faf39cf4
 def interval_table(
     intervals:pd.DataFrame, # As in `confidence_intervals.csv`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->pd.DataFrame: # A row for each model or baseline and checkpoint, a column for each metric
     "Means over full images with 95 % intervals over patients, cut at 1"
     t = intervals[(intervals.region=='full image') & (intervals.source!='raw')
@@ -512,7 +613,7 @@ def interval_table(
     checkpoints = [kind if kind=='baseline' else f'{epoch}, {kind}'
                    for epoch, kind in zip(t.epoch, t.checkpoint)]
     shown = pd.DataFrame({'Task': t.task,
-                          'Model': [MODEL_NAMES.get(m, m.replace('_', ' ')) for m in t.model],
+                          'Model': [reference_name(m, names) for m in t.model],
                           'Checkpoint': checkpoints,
                           'Pairs': t.n_pairs, 'Patients': t.n_patients,
                           'Metric': t.metric.map(METRIC_NAMES),
@@ -535,7 +636,8 @@ def limitations_text(
     if is_simulated(values):
         notes.append('The radiographs are simulated. No number here says anything about patients.')
     if small:
-        names = ' and '.join(model_names([m]) for m in small)
+        small_names = display_names(small, values)
+        names = ' and '.join(model_names([m], small_names) for m in small)
         notes.append(f'{names} started from small base models, not the published ones: their '
                      'images test the pipeline, not the quality that the method can reach.')
     if inpainting_models:

@@ -6,12 +6,12 @@
 __all__ = ['GAN_CONFIGS', 'PROFILES', 'MAIN_TABLES', 'ADDITIONAL_TABLES', 'ROW_FILTERS', 'LAYOUTS', 'SIDE_EXPERIMENTS',
            'format_cell', 'as_markdown', 'first_of_type', 'layer_description', 'network_rows', 'networks',
            'architecture', 'format_value', 'field_descriptions', 'gan_settings', 'table7', 'shorten_path', 'run_facts',
-           'is_result', 'collect_results', 'read_results', 'base_models_text', 'score_values', 'paper_values',
-           'run_values', 'best_model_text', 'table2', 'count_with_share', 'table3', 'cost_table', 'readme_table',
-           'readme_image', 'model_cards', 'figure_captions', 'figure_text', 'final_checkpoint_rows',
-           'models_as_columns', 'subgroup_table', 'set_metrics_table', 'diversity_table', 'merge_intervals',
-           'round_cells', 'constant_metadata', 'additional_table', 'side_experiment', 'additional_tables_text',
-           'run_tables']
+           'is_result', 'collect_results', 'read_score_tables', 'read_results', 'run_names', 'base_models_text',
+           'score_values', 'paper_values', 'run_values', 'best_model_text', 'table2', 'count_with_share', 'table3',
+           'cost_table', 'readme_table', 'readme_image', 'model_cards', 'figure_captions', 'figure_text',
+           'final_checkpoint_rows', 'models_as_columns', 'subgroup_table', 'set_metrics_table', 'diversity_table',
+           'merge_intervals', 'round_cells', 'constant_metadata', 'name_models', 'additional_table', 'side_experiment',
+           'additional_tables_text', 'run_tables']
 
 # %% ../../nbs/6_report/82_tables.ipynb #a2b647e2
 import re, shutil
@@ -31,9 +31,9 @@ from ..diffusion.settings import FLUX, SDXL, FineTuneConfig, resolve_config
 from ..stages import stages
 from .run_summary import (
     METRIC_NAMES, changed_values, checkpoint_selection_table, code_text, data_source_text,
-    baselines_text, escape_text, format_interval, format_score, interval_table, mask_counts,
-    masks_text, model_names, preprocessing_counts, preprocessing_text, read_stage_file,
-    read_stage_files, small_base_models, table1)
+    baselines_text, display_names, escape_text, format_interval, format_score, interval_table,
+    mask_counts, masks_text, model_names, preprocessing_counts, preprocessing_text,
+    read_stage_file, read_stage_files, reference_name, small_base_models, table1)
 
 # %% ../../nbs/6_report/82_tables.ipynb #13a2cadf
 def format_cell(
@@ -214,10 +214,9 @@ def run_facts(
         if duration is not None and path.stem in values: seconds[path.stem] = duration
     versions = stage_files[0]['versions'] if stage_files else {}
     images = run/values.get('preprocess', {}).get('out', 'images')
-    preprocessing = preprocessing_counts(images) if (images/'images.csv').is_file() else {}
     return {'run': run.name, 'counts': counts, 'classes': classes, 'values': values,
             'seconds': seconds, 'versions': versions, 'masks': mask_counts(pairs),
-            'preprocessing': preprocessing}
+            'preprocessing': preprocessing_counts(images)}
 
 # %% ../../nbs/6_report/82_tables.ipynb #fdc73bc0
 def is_result(
@@ -251,15 +250,25 @@ def collect_results(
     return sorted(p for p in out.rglob('*') if p.is_file())
 
 # %% ../../nbs/6_report/82_tables.ipynb #39ee74a5
+def read_score_tables(
+    metrics:Path, # Folder of the scores
+)->dict[str,pd.DataFrame]: # Name to table; empty if there are none
+    "All tables of scores of a run, or of its collected results"
+    return {p.stem: read_stage_file(p, 'metrics') for p in sorted(Path(metrics).glob('*.csv'))}
+
 def read_results(
     results:Path, # Folder written by `collect_results`
 )->tuple[dict,dict,dict]: # Contents of run.json and of metrics.json; the tables of scores by name
     "The result files that pages use"
     facts, metrics_info = [read_stage_file(Path(results)/name, 'metrics')
                            for name in ('run.json', 'metrics/metrics.json')]
-    tables = {p.stem: read_stage_file(p, 'metrics')
-              for p in sorted((Path(results)/'metrics').glob('*.csv'))}
-    return facts, metrics_info, tables
+    return facts, metrics_info, read_score_tables(Path(results)/'metrics')
+
+def run_names(
+    facts:dict, # Contents of `run.json`
+)->dict[str,str]: # Model to the name by which this run is shown
+    "Names of the paper's models and of all stages of a run, as in `display_names`"
+    return display_names(list(dict.fromkeys([*MODEL_NAMES, *facts['values']])), facts['values'])
 
 # %% ../../nbs/6_report/82_tables.ipynb #cc679d5f
 def base_models_text(
@@ -327,23 +336,26 @@ def run_values(
     "All single values that a page can name"
     facts, metrics_info, tables = read_results(results)
     values, counts = facts['values'], facts['counts']
+    names = run_names(facts)
     out = {'run': escape_text(facts['run']),
            'data_source': data_source_text(values),
            'masks_text': masks_text(facts.get('masks', {})),
            'preprocessing_text': preprocessing_text(facts.get('preprocessing', {})),
-           'baselines_text': baselines_text(tables.get('baseline_comparison', pd.DataFrame())),
+           'baselines_text': baselines_text(tables.get('baseline_comparison', pd.DataFrame()),
+                                            names),
            'base_models_text': base_models_text(values),
            'extractor': escape_text(metrics_info['extractor']),
            'size': metrics_info['size'],
            'ssim_convention': metrics_info['ssim'],
            'n_pairs': metrics_info['n_pairs'],
            'n_patients': sum(count['n_patients'] for count in counts.values()),
-           'models': model_names(metrics_info['models']) or 'none',
-           'missing': model_names(metrics_info['missing_models']) or 'none',
+           'models': model_names(metrics_info['models'], names) or 'none',
+           'missing': model_names(metrics_info['missing_models'], names) or 'none',
            'minutes': f'{sum(facts["seconds"].values())/60:.0f}'}
     for model in ('sdxl', 'flux'):
         base_model = values.get(model, {}).get('base_model') or 'not in this run'
         out[f'base_model.{model}'] = escape_text(base_model)
+    for model in MODEL_NAMES: out[f'name.{model}'] = escape_text(names[model])
     for subset in ('train', 'test'):
         for key in ('n_pairs', 'n_images', 'n_patients'):
             out[f'{subset}.{key}'] = counts.get(subset, {}).get(key, 0)
@@ -355,6 +367,7 @@ def best_model_text(
     best:pd.DataFrame, # As in `best_checkpoints.csv`
     metric:str, # ssim, ms_ssim or mmd2
     task:str, # `full image` or `inpainting`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->str:
     "The model with the best score, its number of pairs and those of the other models"
     t = best[(best.metric==metric) & (best.task==task)].dropna(subset='score')
@@ -362,22 +375,23 @@ def best_model_text(
     top = t.loc[t.score.idxmin() if metric.startswith('mmd') else t.score.idxmax()]
     others = []
     for n, group in t[t.model!=top.model].groupby('n_pairs'):
-        names = ', '.join(MODEL_NAMES.get(m, m) for m in group.model)
-        others.append(f'{n} for {names}')
+        listed = ', '.join(names.get(m, m) for m in group.model)
+        others.append(f'{n} for {listed}')
     coverage = f'{format_score(top.score, metric)} on {top.n_pairs} pairs'
     if others: coverage += f'; {", ".join(others)}'
-    return f'{MODEL_NAMES.get(top.model, top.model)} ({coverage})'
+    return f'{names.get(top.model, top.model)} ({coverage})'
 
 # %% ../../nbs/6_report/82_tables.ipynb #d51dae24
 def table2(
     best:pd.DataFrame, # As in `best_checkpoints.csv`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->pd.DataFrame: # Number, experiment, outcome in the paper and here
     "The experiments of the paper"
     rows = [(1, 'visual inspection by one person, not an expert',
              'GANs blurred, SDXL badly blended, FLUX good', 'not repeated')]
     best_gans = {'ssim': 'TAC-GAN', 'ms_ssim': 'TAC-GAN', 'mmd2': 'AC-GAN'}
     for number, (metric, gan) in enumerate(best_gans.items(), 2):
-        here = '; '.join(f'{task}: {best_model_text(best, metric, task)}'
+        here = '; '.join(f'{task}: {best_model_text(best, metric, task, names)}'
                          for task in ('full image', 'inpainting'))
         rows.append((number, f'{METRIC_NAMES[metric]} during training',
                      f'{gan} best of the GANs, FLUX of the diffusion models', here))
@@ -411,16 +425,17 @@ def cost_table(
     facts:dict, # Contents of `run.json`
 )->pd.DataFrame: # Stage and minutes here; hours in the paper
     "How long each stage took, beside the paper's hours"
-    rows = []
+    rows, names = [], run_names(facts)
     for stage, seconds in facts['seconds'].items():
         hours = FACTS.get(f'{stage}_hours')
         paper = f'{hours[0]} on an NVIDIA L40' if hours else ''
-        rows.append((MODEL_NAMES.get(stage, stage), f'{seconds/60:.1f}', paper))
+        rows.append((names.get(stage, stage), f'{seconds/60:.1f}', paper))
     return pd.DataFrame(rows, columns=['Stage', 'Minutes in this run', 'Hours in the paper'])
 
 # %% ../../nbs/6_report/82_tables.ipynb #d3eb302e
 def readme_table(
     best:pd.DataFrame, # As in `best_checkpoints.csv`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->pd.DataFrame: # A row for each model of the paper
     "Best scores of the paper and of this run, in separate columns"
     columns = {'ssim': 'SSIM', 'ms_ssim': 'MS-SSIM', 'mmd2_paper_unit_sigma10': 'MMD²'}
@@ -429,7 +444,9 @@ def readme_table(
     rows = []
     for model, name in MODEL_NAMES.items():
         generates = 'inside a mask' if model in ('sdxl', 'flux') else 'full image'
-        row = {'Model': name, 'Generates': generates}
+        in_run = names.get(model, name)
+        shown = name if in_run==name else f'{name} (run: {in_run})'
+        row = {'Model': shown, 'Generates': generates}
         for metric, label in columns.items():
             row[f'Paper: {label}'] = format_score(PAPER_TABLE1[metric][model].score, metric)
         for metric, label in columns.items():
@@ -441,10 +458,12 @@ def readme_table(
 # %% ../../nbs/6_report/82_tables.ipynb #607b0f06
 def readme_image(
     results:Path, # Folder written by `collect_results`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->str: # Markdown
     "The picture of the front page"
-    captions = {'final_samples': 'A test image, and the same image with its mask inpainted by SDXL '
-                                 'and by FLUX',
+    sdxl, flux = [escape_text(names.get(model, model)) for model in ('sdxl', 'flux')]
+    captions = {'final_samples': 'A test image, and the same image with its mask inpainted by '
+                                 f'{sdxl} and by {flux}',
                 'example': 'An image, the mask of one of its pathologies and its caption'}
     folder = 'results/demo' if Path(results).name=='demo' else 'results'
     for name, alt in captions.items():
@@ -464,28 +483,34 @@ def model_cards(
 
 # %% ../../nbs/6_report/82_tables.ipynb #e3fa7e30
 def figure_captions(
+    names:dict=MODEL_NAMES, # Model to name, of the models that have figures
 )->dict[str,str]: # File of a figure, without suffix, to its caption
-    "Captions of all figures of a run"
+    "Captions of all figures of a run, as text that is not escaped"
+    both = f'{names.get("sdxl", "SDXL")} and {names.get("flux", "FLUX")}'
     captions = {
         'example': 'A test image, the mask of one of its pathologies and its caption '
                    "(compare the paper's Figure 1)",
         'normal_examples': "Two normal elbows (compare the paper's Figure 2)",
-        'model_comparison': 'SDXL and FLUX side by side: scores by epoch and one test pair '
+        'model_comparison': f'{both} side by side: scores by epoch and one test pair '
                             "(compare the paper's Figure 3)",
-        'final_samples': 'One test pair inpainted by SDXL and by FLUX '
-                         "(compare the paper's Figure 9)",
+        'final_samples': f'One test pair inpainted by {both} (compare the paper\'s Figure 9)',
         'table1': 'Best scores, and noise as a gray tick: this run in the left panels, with MMD² '
                   'by the convention paper_unit_sigma10; the paper in the right ones'}
-    for number, (model, name) in enumerate(MODEL_NAMES.items(), 4):
-        in_paper = f"compare the paper's Figure {number}"
+    in_paper = {model: f" (compare the paper's Figure {number})"
+                for number, model in enumerate(MODEL_NAMES, 4)}
+    for model, name in (MODEL_NAMES | names).items():
+        boosted = '' if model in GAN_SETTINGS else ', epochs at the boosted learning rate shaded'
         captions[f'{model}-curves'] = (
-            f'{name}: similarity on the left, MMD² on the right, noise dashed, epochs at the '
-            f'boosted learning rate shaded ({in_paper})')
+            f'{name}: similarity on the left, MMD² on the right, noise dashed{boosted}'
+            f'{in_paper.get(model, "")}')
         captions[f'{model}-samples'] = (
-            f'{name}: images generated at each checkpoint, beside the original ({in_paper})')
-    for model in ('sdxl', 'flux'):
-        captions[f'{model}-raw'] = (f'{MODEL_NAMES[model]}: the same before compositing with the '
-                                    'original outside the mask')
+            f'{name}: images generated at each checkpoint, beside the original'
+            f'{in_paper.get(model, "")}')
+        captions[f'{model}-raw'] = (f'{name}: the same before compositing with the original '
+                                    'outside the mask')
+        captions[f'{model}-nearest'] = (
+            f'{name}: test pairs chosen at random (upper row), and below each the nearest '
+            'training image by the root mean square difference of gray levels at 64 x 64 pixels')
     return captions
 
 # %% ../../nbs/6_report/82_tables.ipynb #f088a5cf
@@ -495,6 +520,7 @@ def figure_text(
     caption:str, # What it shows
 )->str: # Markdown
     "A figure of a run, or a note that there is none"
+    caption = escape_text(caption)
     for suffix in ('svg', 'png'):
         if not (Path(results)/'figures'/f'{name}.{suffix}').is_file(): continue
         label = f'fig-{name.replace("_", "-")}'
@@ -516,39 +542,44 @@ def models_as_columns(
     table:pd.DataFrame, # With a column `model`
     index:list[str], # Columns of the rows
     values:str, # Column of the cells
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->pd.DataFrame: # A row for each combination in `index`
     "A table with a column for each model, in order of appearance"
-    named = table.assign(model=table.model.map(lambda m: MODEL_NAMES.get(m, m)))
+    named = table.assign(model=[names.get(m, m) for m in table.model])
     wide = named.pivot_table(index=index, columns='model', values=values, aggfunc='first',
                              sort=False)
     return wide.reset_index().rename_axis(columns=None)
 
 def subgroup_table(
     table:pd.DataFrame, # As in `subgroups.csv`, one checkpoint of each model
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->pd.DataFrame: # A row for each group, a column for each model
     "SSIM by pathology, view and region: mean, interval over patients cut at 1, and pairs"
     t = table[(table.metric=='ssim') & (table.source=='samples')]
     intervals = zip(t['mean'], t.ci_low, t.ci_high.clip(upper=1))
     text = [f'{format_interval(*interval)}, {n}' for interval, n in zip(intervals, t.n_pairs)]
-    return models_as_columns(t.assign(text=text), ['grouping', 'group'], 'text')
+    return models_as_columns(t.assign(text=text), ['grouping', 'group'], 'text', names)
 
 # %% ../../nbs/6_report/82_tables.ipynb #fb720fe5
 def set_metrics_table(
     table:pd.DataFrame, # As in `set_metrics.csv`, one checkpoint of each model
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->pd.DataFrame: # A row for each metric and convention, a column for each model
     "Metrics of whole sets of images"
-    return models_as_columns(table[table.source=='samples'], ['metric', 'convention'], 'value')
+    t = table[table.source=='samples']
+    return models_as_columns(t, ['metric', 'convention'], 'value', names)
 
 # %% ../../nbs/6_report/82_tables.ipynb #ee8f47db
 def diversity_table(
     table:pd.DataFrame, # As in `fidelity_diversity.csv`
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->pd.DataFrame: # A row for each model and checkpoint, a column for each metric
     "Fidelity and diversity with intervals, cut to the range of the metric"
     text = []
     for o in table.itertuples():
         high = min(o.ci_high, 1) if o.metric in ('precision', 'recall', 'coverage') else o.ci_high
         text.append(format_interval(o.value, max(o.ci_low, 0), high, '.2f'))
-    t = table.assign(model=table.model.map(lambda m: MODEL_NAMES.get(m, m)), text=text)
+    t = table.assign(model=[names.get(m, m) for m in table.model], text=text)
     index = ['model', 'epoch', 'checkpoint', 'n_pairs', 'n_images']
     wide = t.pivot_table(index=index, columns='metric', values='text', aggfunc='first', sort=False)
     return wide.reset_index().rename_axis(columns=None)
@@ -618,12 +649,22 @@ def _table_notes(name, metadata, reasons, one_checkpoint, n_rows, max_rows):
     if reasons: notes += f'Intervals are missing because: {escape_text("; ".join(reasons))}. '
     return notes+escape_text('; '.join(f'{k}: {v}' for k, v in metadata.items()))
 
+# %% ../../nbs/6_report/82_tables.ipynb #8bdb1ece
+def name_models(
+    table:pd.DataFrame, # Any table
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
+)->pd.DataFrame: # The same with names instead of folders
+    "Write models and baselines by their names"
+    columns = [c for c in ('model', 'model_a', 'model_b', 'baseline') if c in table]
+    return table.assign(**{c: [reference_name(m, names) for m in table[c]] for c in columns})
+
 # %% ../../nbs/6_report/82_tables.ipynb #58da5d4d
 def additional_table(
     name:str, # Of a table of scores
     table:pd.DataFrame, # Its rows
     last_main_epochs:dict[str,int]={}, # Model to its last epoch before the boosted learning rate
     max_rows:int=30, # Most rows to show
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->str: # Markdown: heading, notes and table
     "A table of scores beyond Table 1"
     one_checkpoint = {'model', 'source', 'epoch'}<=set(table) and 'checkpoint' not in table
@@ -631,8 +672,10 @@ def additional_table(
     elif name in ROW_FILTERS: table = table.query(ROW_FILTERS[name])
     metadata = constant_metadata(table)
     reasons = [r for r in table.reason.dropna().unique() if r] if 'reason' in table else []
-    if name in LAYOUTS: table = LAYOUTS[name](table)
-    else: table = merge_intervals(table.drop(columns=list(metadata)).dropna(axis=1, how='all'))
+    if name in LAYOUTS: table = LAYOUTS[name](table, names)
+    else:
+        named = name_models(table.drop(columns=list(metadata)), names)
+        table = merge_intervals(named.dropna(axis=1, how='all'))
     notes = _table_notes(name, metadata, reasons, one_checkpoint, len(table), max_rows)
     heading = ADDITIONAL_TABLES.get(name, escape_text(name))
     return '\n\n'.join([f'### {heading}', notes,
@@ -672,25 +715,28 @@ def side_experiment(
 def additional_tables_text(
     tables:dict[str,pd.DataFrame], # As returned by `read_results`
     last_main_epochs:dict[str,int], # Model to its last epoch before the boosted learning rate
+    names:dict=MODEL_NAMES, # Model to name, as returned by `display_names`
 )->str: # Markdown
     "All tables of scores beyond the main ones, in the order of `ADDITIONAL_TABLES`"
     order = list(ADDITIONAL_TABLES)
-    names = [name for name in tables if name not in MAIN_TABLES and len(tables[name])]
-    names.sort(key=lambda name: order.index(name) if name in order else len(order))
-    texts = [additional_table(name, tables[name], last_main_epochs) for name in names]
+    listed = [name for name in tables if name not in MAIN_TABLES and len(tables[name])]
+    listed.sort(key=lambda name: order.index(name) if name in order else len(order))
+    texts = [additional_table(t, tables[t], last_main_epochs, names=names) for t in listed]
     return '\n\n'.join(texts) or '*This run was scored without further tables.*'
 
 # %% ../../nbs/6_report/82_tables.ipynb #aa3f0946
 def _numbered_tables(facts, tables):
     "The tables of the paper with the values of a run, and those of the run's settings, by name"
     best, values = tables['best_checkpoints'], facts['values']
-    made = {'table1.full_image': table1(best, 'full image'),
-            'table1.inpainting': table1(best, 'inpainting'),
-            'table2': table2(best),
+    names = run_names(facts)
+    selection = checkpoint_selection_table(tables['checkpoint_selection'], names)
+    made = {'table1.full_image': table1(best, 'full image', names),
+            'table1.inpainting': table1(best, 'inpainting', names),
+            'table2': table2(best, names),
             'table3': table3(facts['classes']),
             'table7': table7(),
             'cost': cost_table(facts),
-            'checkpoint_selection': checkpoint_selection_table(tables['checkpoint_selection']),
+            'checkpoint_selection': selection,
             'changed_parameters': changed_values(values)}
     for number, model in enumerate(GAN_SETTINGS, 4):
         made[f'table{number}'] = architecture(model)
@@ -708,13 +754,15 @@ def run_tables(
         code_columns = ['Parameter'] if name=='table7' else []
         out[name] = as_markdown(table, code_columns)
         if not len(table): out[name] = '*This run has no such results.*'
-    out['front.scores'] = as_markdown(readme_table(tables['best_checkpoints']))
-    out['front.picture'] = readme_image(results)
+    names = run_names(facts)
+    out['front.scores'] = as_markdown(readme_table(tables['best_checkpoints'], names))
+    out['front.picture'] = readme_image(results, names)
     out['model_cards'] = model_cards()
     for name, (table_file, figures) in SIDE_EXPERIMENTS.items():
         out[name] = side_experiment(results, name, table_file, figures)
-    for name, caption in figure_captions().items():
+    shown = {m: names.get(m, m) for m in [*MODEL_NAMES, *metrics_info['models']]}
+    for name, caption in figure_captions(shown).items():
         out[f'figure.{name}'] = figure_text(results, name, caption)
     last_main_epochs = {model: v['epochs'] for model, v in facts['values'].items() if 'epochs' in v}
-    out['additional_tables'] = additional_tables_text(tables, last_main_epochs)
+    out['additional_tables'] = additional_tables_text(tables, last_main_epochs, names)
     return out
