@@ -8,5 +8,7 @@ PUBLIC = {                          # public name to module
     'model_figures': 'figures',
     'architecture': 'tables', 'gan_settings': 'tables', 'table2': 'tables', 'table3': 'tables',
     'table7': 'tables', 'run_tables': 'tables',
-    'RunResults': 'claims', 'claims_text': 'claims'}
+    'RunResults': 'claims', 'claims_text': 'claims',
+    'Finding': 'report', 'findings': 'report', 'read_evidence': 'report', 'warnings': 'report',
+    'write_page': 'report'}
 __all__ = lazy_exports(__name__, PUBLIC)
