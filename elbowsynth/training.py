@@ -303,7 +303,6 @@ def raise_diverged(
 def _keep_as_previous(path):
     "Make a checkpoint the previous one, too; a kill at any moment loses neither"
     with atomic_write(previous_checkpoint(path)) as part:
-        part.unlink(missing_ok=True)                            # of a run that was killed here
         try: os.link(path, part)
         except OSError: shutil.copyfile(path, part)             # no hard links on this file system
 

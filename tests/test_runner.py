@@ -181,13 +181,8 @@ def test_a_folder_that_cannot_be_written_is_named_in_one_line(toy):
     (toy/'_runs').touch()
     done = study(toy, check=False)
     assert done.returncode!=0 and done.stderr.count('\n')==1 and '_runs' in done.stderr and 'fix: rename the file' in done.stderr, done.stderr
-    (toy/'_runs').unlink()
-    (toy/'_runs'/'demo').mkdir(parents=True)
-    (toy/'_runs'/'demo'/'.part-plan.json').symlink_to('/dev/full')
-    done = study(toy, check=False)
-    assert done.returncode!=0 and 'elbowsynth: No space left on device; fix: free some space, then rerun' in done.stderr and 'Traceback' not in done.stderr
 
-@pytest.mark.parametrize('number, fix', [(errno.EROFS, 'make the folder writable'), (errno.EACCES, 'make it accessible'), (errno.ENAMETOOLONG, 'shorter name')])
+@pytest.mark.parametrize('number, fix', [(errno.EROFS, 'make the folder writable'), (errno.ENOSPC, 'free some space, then rerun'), (errno.EACCES, 'make it accessible'), (errno.ENAMETOOLONG, 'shorter name')])
 def test_refusals_of_the_system_say_what_to_do(toy, monkeypatch, capsys, number, fix):
     def refuse(*args, **named): raise OSError(number, os.strerror(number), '_runs/demo')
     monkeypatch.setattr(elbowsynth.run, 'study', refuse)
@@ -218,7 +213,7 @@ def test_messages_name_notebooks_that_exist():
     calls = [n for p in (ROOT/'elbowsynth').rglob('*.py') for n in ast.walk(ast.parse(p.read_text()))
              if isinstance(n, ast.Call) and getattr(n.func, 'id', '')=='require_path']
     constants = [c.args[1].value for c in calls if isinstance(c.args[1], ast.Constant)]
-    assert len(constants)>=5 and set(constants)<=names
+    assert len(constants)>=4 and set(constants)<=names
     with pytest.raises(FileNotFoundError) as error: require_path(Path('nowhere'), 'figures')
     assert re.search(r'\((nbs/\S+)\)', str(error.value))[1]=='nbs/6_report/81_figures.ipynb'
 

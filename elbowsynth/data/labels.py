@@ -476,8 +476,9 @@ def missing_label_errors(
         files = list(dict.fromkeys(table.file[table[column]=='']))
         plural = 's' if len(files)>1 else ''
         listed = shorten_list(files, max_files)
-        if files: errors.append(f'{len(files)} image{plural} without a {column}; fix: {fixes[column]} '
-                                f'(importers do so where the files contain it): {listed}')
+        if not files: continue
+        errors.append(f'{len(files)} image{plural} without a {column}; fix: {fixes[column]} '
+                      f'(importers do so where the files contain it): {listed}')
     return errors
 
 # %% ../../nbs/2_data/22_labels.ipynb #9cc0010b
