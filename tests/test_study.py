@@ -97,7 +97,9 @@ def test_scores_agree_with_another_library(smoke):
 
 def test_report_is_complete_and_offline(smoke):
     page = (smoke['run']/'report.html').read_text()
-    assert page.count('data:image/png')+page.count('<svg')>=5 and 'Duration of the stages' in page
+    assert page.count('data:image/png')>=5 and page.count('data:image/svg+xml')>=5 and 'Duration of the stages' in page
+    assert page.index('id="findings"')<page.index('What not to conclude')<page.index('<figure')<page.index('<table')<page.index('<details')
+    assert page.count('-nearest')==0 and page.count('below each the nearest training image')>=5 and 'No description' not in page
     assert not re.search(r'(src|href)="https?://[^"]*\.(js|css)', page) and '<script' not in page
     assert str(smoke['run']/'report.html') in smoke['second']
 

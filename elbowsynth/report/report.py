@@ -6,10 +6,10 @@
 __all__ = ['NOT_SCORED', 'COPY_DISTANCE', 'MAX_FINDINGS', 'GUIDES', 'OTHER_ALTERNATIVES', 'REGION_COLUMNS', 'STYLE', 'TEXT_STYLE',
            'FIRST_SCREEN_STYLE', 'FIGURE_STYLE', 'PHONE_AND_PRINT', 'MACROS', 'FIRST_SCREEN', 'BESIDE', 'BELOW', 'END',
            'UNBROKEN', 'SECTIONS', 'RUN_FILES', 'SAMPLES_NOTE', 'Evidence', 'read_evidence', 'Finding', 'join_names',
-           'format_change', 'position', 'model_score', 'baseline_score', 'epoch_text', 'inside_mask_sentence',
-           'baseline_finding', 'unrelated_real_finding', 'boost_finding', 'masks_finding', 'preprocessing_finding',
-           'comparison_finding', 'copies_finding', 'findings', 'training_size_warnings', 'coverage_warnings',
-           'warnings', 'Step', 'next_steps', 'count_text', 'stage_times', 'when_text', 'data_text', 'what_text',
+           'format_change', 'count_text', 'position', 'model_score', 'baseline_score', 'epoch_text', 'is_better_inside',
+           'inside_mask_sentence', 'baseline_finding', 'unrelated_real_finding', 'boost_finding', 'masks_finding',
+           'preprocessing_finding', 'comparison_finding', 'copies_finding', 'findings', 'training_size_warnings',
+           'coverage_warnings', 'warnings', 'Step', 'next_steps', 'stage_times', 'when_text', 'data_text', 'what_text',
            'code_text_of_run', 'machine_text', 'curve_text', 'alternative_text', 'embedded_figure', 'report_models',
            'table_rows', 'keep_together', 'markdown_to_html', 'render_page', 'report_page', 'write_page']
 
@@ -87,6 +87,14 @@ def format_change(
     "A difference and its interval"
     text = format_interval(change, low, high, '+.3f') if pd.notna(low) else f'{change:+.3f}'
     return text.replace('-', '\N{MINUS SIGN}')
+
+# %% ../../nbs/6_report/84_report.ipynb #940813f6
+def count_text(
+    n:int,
+    noun:str, # In the singular
+)->str:
+    "A number with its noun"
+    return f'{n} {noun}' if n==1 else f'{n} {noun}s'
 
 # %% ../../nbs/6_report/84_report.ipynb #a35fc224
 def position(
@@ -172,13 +180,13 @@ def _baseline_detail(found, names):
     by_pairs = {}
     for model, o in found.items():
         by_pairs.setdefault((o['n_pairs'], o['baseline']), []).append(model)
-    for (n_pairs, baseline), models in by_pairs.items():
+    for (n_pairs, baseline), models in sorted(by_pairs.items(), reverse=True):
         scores = [f'{names.get(m, m)} {format_interval(*found[m]["score"])} '
                   f'(epoch {found[m]["epoch"]})' for m in models]
         other = format_interval(*found[models[0]]['baseline_score'])
-        parts.append(f'{", ".join(scores)}; {reference_name(baseline)} {other} '
-                     f'({n_pairs} pairs)')
-    return f'SSIM: {". On other pairs: ".join(parts)}.'
+        where = f'SSIM on {count_text(n_pairs, "pair")}'
+        parts.append(f'{where}: {", ".join(scores)}; {reference_name(baseline)} {other}.')
+    return ' '.join(parts)
 
 def _mmd_sentence(comparison, task, names):
     "What the baselines say by MMD², where SSIM alone would mislead"
@@ -193,6 +201,21 @@ def _mmd_sentence(comparison, task, names):
             f'({best.baseline_score:.3f}) is better than the best checkpoint of {models}.')
 
 # %% ../../nbs/6_report/84_report.ipynb #53c02450
+def _inside_tests(tests, baseline):
+    "Tests of models and a baseline inside the mask, with intervals"
+    if not len(tests): return tests
+    return tests[(tests.model_b==baseline) & (tests.region=='inside')
+                 & (tests.metric=='ssim_full') & tests.ci_low.notna()]
+
+def is_better_inside(
+    tests:pd.DataFrame, # As in `significance_tests.csv`
+    baseline:str, # As in `baseline_comparison.csv`
+    models:list[str], # Folders of models
+)->bool:
+    "Whether all models are clearly better than a baseline inside the mask"
+    t = _inside_tests(tests, baseline)
+    return len(t)>0 and set(models)<=set(t.model_a[t.ci_low>0])
+
 def inside_mask_sentence(
     tests:pd.DataFrame, # As in `significance_tests.csv`
     baseline:str, # As in `baseline_comparison.csv`
@@ -200,9 +223,7 @@ def inside_mask_sentence(
     names:dict, # Model to name
 )->str: # Empty if there is no such test
     "Paired differences to a baseline inside the mask, where no pixel is copied"
-    if not len(tests): return ''
-    t = tests[(tests.model_b==baseline) & (tests.region=='inside') & (tests.metric=='ssim_full')
-              & tests.ci_low.notna()]
+    t = _inside_tests(tests, baseline)
     if not len(t): return ''
     listed = [f'{names.get(o.model_a, o.model_a)} '
               f'{format_change(o.difference, o.ci_low, o.ci_high)} '
@@ -224,14 +245,20 @@ def baseline_finding(
     found = _best_baselines(comparison, task, changes, intervals)
     if not found: return None
     detail = _baseline_detail(found, names)+_mmd_sentence(comparison, task, names)
+    title = _baseline_title(found, names)
     if task=='inpainting':
         baseline = next(iter(found.values()))['baseline']
         detail += inside_mask_sentence(tests, baseline, changes, names)
+        they = 'it is' if len(found)==1 else 'they are'
+        all_above = all(position(o['score'], o['baseline_score'])=='above'
+                        for o in found.values())
+        if not all_above and is_better_inside(tests, baseline, list(found)):
+            title += f'; inside the mask {they} better'
     own = changes[changes.model.isin(found) & (changes.phase=='training')]
     moved = [f'{names.get(o.model, o.model)} {format_change(o.difference, o.ci_low, o.ci_high)}'
              for o in own.itertuples()]
     detail += f' Change of SSIM in training: {", ".join(moved)}.'
-    return Finding(_baseline_title(found, names), detail, 'scores')
+    return Finding(title, detail, 'scores')
 
 # %% ../../nbs/6_report/84_report.ipynb #72aeee15
 def unrelated_real_finding(
@@ -517,14 +544,6 @@ def next_steps(
                           'what would decide each claim'))
     return steps[:5]
 
-# %% ../../nbs/6_report/84_report.ipynb #940813f6
-def count_text(
-    n:int,
-    noun:str, # In the singular
-)->str:
-    "A number with its noun"
-    return f'{n} {noun}' if n==1 else f'{n} {noun}s'
-
 # %% ../../nbs/6_report/84_report.ipynb #f996ed5b
 def stage_times(
     run:Path, # Folder of the run
@@ -730,11 +749,13 @@ def _score_tables(evidence):
     best, names = evidence.table('best_checkpoints'), evidence.names
     if not len(best): return []
     note = ('The best checkpoint of each model by each metric on the test pairs themselves, as in '
-            "the paper. The paper's values come from its own images and its own models.")
+            "the paper. The paper's values come from its own images and its own models")
+    renamed = [MODEL_NAMES[m] for m in MODEL_NAMES if names.get(m, m)!=MODEL_NAMES[m]]
+    inpainting_note = f'{note}: {join_names(renamed)}.' if renamed else f'{note}.'
     return [table_rows('Table 1, models that generate full images',
-                       table1(best, 'full image', names), note),
+                       table1(best, 'full image', names), f'{note}.'),
             table_rows('Table 1, models that inpaint', table1(best, 'inpainting', names),
-                       note+' Most of an inpainted image is the original itself.')]
+                       inpainting_note+' Most of an inpainted image is the original itself.')]
 
 def _change_table(changes, names):
     "How training and the boosted learning rate changed SSIM"
