@@ -107,7 +107,7 @@ def test_three_to_six_findings_good_or_bad(made):
 def test_warnings_and_next_steps_are_on_the_first_screen(made):
     run, page = made
     first_screen = visible(page[:page.index('<figure')])
-    for words in ('The radiographs are simulated', 'small base models', 'one seed', 'Not run, or without samples: FLUX', 'make study DATA=FOLDER', 'Draw masks'): assert words in first_screen, words
+    for words in ('The radiographs are simulated', 'used a small base model: tiny-sdxl', 'one seed', 'Not run, or without samples: FLUX', 'make study DATA=FOLDER', 'Draw masks'): assert words in first_screen, words
     targets = [dict(a)['href'] for tag, a in Reader(page).attributes if tag=='a']
     assert targets and all(t.startswith('#') or (run/t).exists() for t in targets), targets
 

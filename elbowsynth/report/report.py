@@ -454,9 +454,12 @@ def _data_warnings(evidence):
     if small:
         replaced = join_names([MODEL_NAMES.get(m, m) for m in small])
         shown = join_names([names.get(m, m) for m in small])
-        notes.append(f'In place of {replaced} the run used small base models: {shown}. Their '
-                     'images test the pipeline, not what the published models can do.')
+        kind = 'a small base model' if len(small)==1 else 'small base models'
+        notes.append(f'In place of {replaced} the run used {kind}: {shown}. The images test the '
+                     'pipeline, not what the published models can do.')
     notes += training_size_warnings(values, names)
+    if values and not evidence.facts.get('preprocessing'):
+        notes.append('What preprocessing did to the images is not recorded.')
     return notes
 
 # %% ../../nbs/6_report/84_report.ipynb #2c685903
@@ -617,10 +620,11 @@ def code_text_of_run(
 )->str: # Plain text
     "Version and commit of the code with which the report was made"
     text = f'elbowsynth {versions.get("elbowsynth", "of unknown version")}'
-    if _git('rev-parse', '--show-toplevel')!=str(root()): return f'{text}, commit not known'
+    if _git('rev-parse', '--show-toplevel')!=str(root()): return f'{text}; commit not known'
     commit = _git('rev-parse', '--short=10', 'HEAD') or 'not known'
     changed = _git('status', '--porcelain', '--untracked-files=no')
-    return f'{text}, commit {commit}'+(', with changes that are not committed' if changed else '')
+    text += f'; report made with commit {commit}'
+    return text+(' and changes that are not committed' if changed else '')
 
 # %% ../../nbs/6_report/84_report.ipynb #86012212
 def machine_text(
