@@ -8,7 +8,7 @@ __all__ = ['LABEL_KINDS', 'REMEDIES', 'COLUMNS', 'DIFFERS_HEADER', 'API_HEADER',
            'UNRENDERED', 'COMMAND_COLUMNS', 'COMMAND', 'WEB_FILE', 'LIGHT_ONLY', 'FRONT_DOOR', 'README_HEADER',
            'relative_link', 'link_target', 'localize_links', 'unnest_links', 'unlink_code', 'drop_dead_links',
            'rebase_links', 'first_sentence', 'add_alt_text', 'read_bib', 'citation', 'reference_entry', 'map_non_code',
-           'number_labels', 'resolve', 'render_template', 'strongest_baseline_text', 'finding_text', 'run_finding',
+           'number_labels', 'resolve', 'render_template', 'finding_text', 'findings_text', 'run_finding',
            'closing_text', 'claims_overview', 'column_title', 'explain_columns', 'notebook_title', 'differs_page',
            'exports', 'package_intro', 'module_name', 'reference_page', 'bibliography_page', 'read_notebooks',
            'nbdev_pages', 'front_page_images', 'update_front_page', 'notebook_page', 'stage_results',
@@ -27,10 +27,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 from .core import atomic_write, root
-from .report.run_summary import (
-    BASELINE_NAMES, code_text, display_names, escape_text, format_score, is_simulated)
+from .report.report import Finding, findings, read_evidence
+from .report.run_summary import code_text, escape_text, is_simulated
 from .report.tables import (
-    as_markdown, collect_results, read_results, run_tables, run_values)
+    as_markdown, collect_results, run_tables, run_values)
 from .paper import PAPER_TABLE1, TABLE3
 from .report.claims import claims, claims_text
 
@@ -267,45 +267,31 @@ def render_template(
                          f'expected one of {", ".join(sorted(values))}')
     return re.sub(pattern, lambda m: values[m[1]], text)
 
-# %% ../nbs/9_run/91_site.ipynb #c510e79c
-def strongest_baseline_text(
-    rows:pd.DataFrame, # Rows of `baseline_comparison.csv` of one task and metric
-    names:dict, # Model to name
-)->str:
-    "The best model of a task beside the best baseline that learns nothing"
-    best = rows.loc[rows.score.idxmax()]
-    baseline = rows[rows.model==best.model].sort_values('baseline_score').iloc[-1]
-    baseline_name = BASELINE_NAMES.get(baseline.baseline, escape_text(baseline.baseline))
-    model = escape_text(names.get(best.model, best.model))
-    return (f'{model} {format_score(best.score, "ssim")}, {baseline_name} '
-            f'{format_score(baseline.baseline_score, "ssim")}')
-
+# %% ../nbs/9_run/91_site.ipynb #e15ece84
 def finding_text(
+    found:list[Finding], # As returned by `findings`, the most important first
     facts:dict, # Contents of `run.json`
-    comparison:pd.DataFrame, # As in `baseline_comparison.csv`; empty if it is missing
 )->str: # Markdown, a paragraph
-    "The finding of a run in a line: how many models a baseline that learns nothing beats"
-    shown = f'**Finding of the run** {code_text(facts["run"])}**:** '
-    rows = comparison[comparison.metric=='ssim'] if len(comparison) else comparison
-    if not len(rows): return shown+'its models were not compared with baselines.'
-    names = display_names(list(rows.model.unique()), facts['values'])
-    n_models = rows.model.nunique()
-    n_beaten = rows[rows.baseline_is_better].model.nunique()
-    by_task = [f'{task}: {strongest_baseline_text(t, names)}' for task, t in rows.groupby('task')]
-    beaten = f'{n_beaten} of {n_models}' if n_beaten else f'none of {n_models}'
-    text = (f'{shown}by SSIM, a baseline that learns nothing is better than {beaten} models '
-            f'(best model and its best baseline, {"; ".join(by_task)}). ')
-    if is_simulated(facts['values']):
-        text += 'The radiographs are simulated, so this is no evidence about patients.'
-    return text.strip()
+    "The most important finding of a run in a line"
+    first = escape_text(found[0].title) if found else 'no scores to compare'
+    text = f'**Finding of the run** {code_text(facts["run"])}**:** {first}.'
+    if not is_simulated(facts['values']): return text
+    return text+' The radiographs are simulated, so this is no evidence about patients.'
 
-# %% ../nbs/9_run/91_site.ipynb #9b7d23d0
+def findings_text(
+    found:list[Finding], # As returned by `findings`
+)->str: # Markdown, a list
+    "All findings of a run, each with its numbers"
+    items = [f'- **{escape_text(o.title)}.** {escape_text(o.detail)}' for o in found]
+    return '\n'.join(items) or '*This run has no scores to compare.*'
+
+# %% ../nbs/9_run/91_site.ipynb #9ff06e8e
 def run_finding(
     results:Path, # Folder written by `collect_results`
 )->str: # Markdown
-    "The finding of a run in a line"
-    facts, _, tables = read_results(results)
-    return finding_text(facts, tables.get('baseline_comparison', pd.DataFrame()))
+    "The most important finding of a run in a line"
+    evidence = read_evidence(results)
+    return finding_text(findings(evidence), evidence.facts)
 
 # %% ../nbs/9_run/91_site.ipynb #7199555d
 REMEDIES = {                                # reason in a verdict to what would end it
@@ -743,6 +729,7 @@ def results_by_name(
     "Everything that a page can name"
     tables, claim_table = run_tables(results), claims(results)
     own = {'finding': run_finding(results),
+           'findings': findings_text(findings(read_evidence(results))),
            'claims.overview': claims_overview(claim_table),
            'further_scores': explain_columns(tables['additional_tables'])}
     return run_values(results) | tables | claims_text(claim_table) | fixed_values() | own
