@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PATIENT_SEEDS', 'EMA_DECAY', 'LR_WARMUP_STEPS', 'TRAINING_STEPS', 'CARD_TEMPLATE', 'USAGE', 'SAMPLER_SETTINGS',
-           'normal_image', 'normal_images', 'random_box', 'random_ellipse', 'random_mask', 'random_masks', 'vae_loss',
-           'vae_batch', 'make_adamw', 'training_step', 'resume', 'train_vae', 'encode', 'set_latent_scale',
-           'scale_latents', 'caption_embeddings', 'predict', 'validation_loss', 'resample_masks', 'denoising_loss',
-           'train_denoiser', 'training_images', 'pretrain', 'masked_ssim', 'masked_mae', 'sharpness_ratio',
-           'nearest_by_context', 'inpaint_with', 'held_out_data', 'evaluate', 'bundled_model', 'file_manifest',
-           'summary_table', 'model_card', 'training_logs', 'save_half', 'bundle', 'plot_training_logs', 'main']
+           'normal_image', 'normal_images', 'random_box', 'random_ellipse', 'random_mask', 'random_masks',
+           'has_bfloat16', 'autocast_cpu', 'vae_loss', 'vae_batch', 'make_adamw', 'training_step', 'resume',
+           'train_vae', 'encode', 'set_latent_scale', 'scale_latents', 'caption_embeddings', 'predict',
+           'validation_loss', 'resample_masks', 'denoising_loss', 'train_denoiser', 'training_images', 'pretrain',
+           'masked_ssim', 'masked_mae', 'sharpness_ratio', 'nearest_by_context', 'inpaint_with', 'held_out_data',
+           'evaluate', 'bundled_model', 'file_manifest', 'summary_table', 'model_card', 'training_logs', 'save_half',
+           'bundle', 'plot_training_logs', 'main']
 
 # %% ../../nbs/4_diffusion/52_pretraining.ipynb #92513926
 import argparse, hashlib, json, time
@@ -114,13 +115,23 @@ def random_masks(
         else: masks.append(random_mask(size, rng))
     return np.stack(masks).astype(np.uint8)*255
 
+# %% ../../nbs/4_diffusion/52_pretraining.ipynb #d2aed1a7
+def has_bfloat16(
+)->bool: # Of the processor
+    "Whether the processor computes products of bfloat16 by itself"
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+def autocast_cpu():
+    "A context for bfloat16 where it is fast, else for float32"
+    return torch.autocast('cpu', torch.bfloat16, enabled=has_bfloat16())
+
 # %% ../../nbs/4_diffusion/52_pretraining.ipynb #8e6bc523
 def vae_loss(
     vae, # An autoencoder
     images:torch.Tensor, # (n, 3, h, w) in [-1, 1]
 )->torch.Tensor: # Scalar
     "Reconstruction of pixels and edges, KL term and standardization of the latents"
-    with torch.autocast('cpu', torch.bfloat16):
+    with autocast_cpu():
         posterior = vae.encode(images).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
     difference, mean = reconstruction.float()-images, posterior.mean.float()
@@ -228,7 +239,7 @@ def encode(
 )->torch.Tensor: # (n, c, size/8, size/8), not scaled
     "Latents: the posterior's mode, or for masked images a sample, as pipelines do"
     latents = []
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+    with torch.no_grad(), autocast_cpu():
         for i in range(0, len(images), batch_size):
             x = to_tensor(images[i:i+batch_size]).expand(-1, 3, -1, -1)
             if masks is not None:
