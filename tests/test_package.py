@@ -15,6 +15,7 @@ def bundled_files(folder):
     "Files of the bundled base models, relative to the package"
     return sorted(str(p.relative_to(folder)) for p in (folder/'tiny').rglob('*') if p.is_file())
 
+@pytest.mark.long('builds and installs a wheel, 20 s')
 def test_wheel_has_all_modules_and_bundled_models(tmp_path):
     top = copy_of_checkout(tmp_path/'clone')
     sh('uv', 'build', '-q', '--wheel', '--no-build-isolation', '--python', sys.executable, '-o', tmp_path, top)

@@ -250,6 +250,7 @@ def gaussians():
         plt.close('all')
     return namespace, check
 
+@pytest.mark.long('trains a TAC-GAN on numbers, 15 s')
 def test_the_right_signs_reproduce_the_classes(gaussians):
     namespace,check = gaussians
     check(namespace['train_on_numbers'](with_twin=True, seed=5))        # four experiments that the notebook does not run
@@ -279,7 +280,9 @@ def reversed_adversarial_loss(dis, twin, fake, y, field_sizes):
 
 WRONG_LOSSES = [helpful_twin, no_twin, class_head_as_twin, reversed_class_loss, reversed_class_loss_and_twin, reversed_adversarial_loss]
 
-@pytest.mark.parametrize('wrong_losses', WRONG_LOSSES)
+QUICK = [no_twin, class_head_as_twin]
+
+@pytest.mark.parametrize('wrong_losses', [f if f in QUICK else pytest.param(f, marks=pytest.mark.long('10 s each')) for f in WRONG_LOSSES])
 def test_wrong_signs_do_not(gaussians, monkeypatch, wrong_losses):
     namespace,check = gaussians
     monkeypatch.setitem(namespace, 'tac_generator_losses', wrong_losses)

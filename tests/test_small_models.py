@@ -2,7 +2,7 @@
 import json, os, shutil
 import numpy as np, pandas as pd, pytest, torch
 from safetensors import safe_open
-from conftest import ROOT, sh
+from conftest import ROOT
 from elbowsynth.data.classes import caption, PATHOLOGIES, VIEWS
 from elbowsynth.diffusion import pretraining
 from elbowsynth.diffusion.pretraining import (

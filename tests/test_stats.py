@@ -259,6 +259,7 @@ def test_kid_interval_covers():
         hits.append(covers(interval, truth))
     assert .92<=np.mean(hits)<=.98, np.mean(hits)
 
+@pytest.mark.long('200 intervals, 20 s')
 def test_subsampling_of_vendi_and_prdc_covers():
     "Of the functions of the library; the notebook quotes the printed coverages"
     rng = np.random.default_rng(12)
