@@ -9,6 +9,7 @@ TO :=
 OPTIONS :=
 BENCH := gans metrics stats diffusion phantom preprocess
 ONLY :=
+OUTPUTS :=
 IN := .venv/bin/
 STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)'
 
@@ -49,7 +50,8 @@ bench: install ## Run benchmarks against reference implementations into bench/re
 	@for b in $(BENCH); do $(IN)python bench/$$b.py || exit; done
 
 lab: install ## Open the notebooks in JupyterLab, with the parameters of PROFILE, the folder of RUN and the images of DATA
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" ELBOWSYNTH_RUN="$(RUN)" ELBOWSYNTH_DATA="$(DATA)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONWARNINGS="ignore:IProgress not found" $(IN)jupyter lab nbs/index.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
+	@if [ -e .git ]; then git config --local filter.elbowsynth-notebook.clean '$(IN)python workflow/clean_notebook.py %f' && $(IN)python workflow/clean_notebook.py; fi
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" ELBOWSYNTH_PROFILE="$(PROFILE)" ELBOWSYNTH_RUN="$(RUN)" ELBOWSYNTH_DATA="$(DATA)" JUPYTER_PREFER_ENV_PATH=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONWARNINGS="ignore:IProgress not found" PYTHONPATH="$(CURDIR)/workflow$${PYTHONPATH:+:$$PYTHONPATH}" $(IN)jupyter lab nbs/index.ipynb --ServerApp.root_dir="$(CURDIR)" --FileContentsManager.post_save_hook=clean_notebook.after_save --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 
 site: install ## Render the site into _docs, with the results of the committed run or of RUN=_runs/NAME
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site $(if $(RUN),--run "$(RUN)")
@@ -57,8 +59,8 @@ site: install ## Render the site into _docs, with the results of the committed r
 readme: install ## Write README.md from nbs/index.ipynb
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(IN)python -m elbowsynth.site --readme
 
-prepare: install ## Before a commit: clean the notebooks, record their parameters as defaults, export the library, write README.md
-	@PATH="$(CURDIR)/.venv/bin:$$PATH"; nbdev_clean && $(IN)python -m elbowsynth.run defaults && rm -f elbowsynth/_modidx.py && nbdev_export && $(IN)ruff check -q --select F821,F401 elbowsynth && $(IN)python -m elbowsynth.site --readme && git status --short
+prepare: install ## Before a commit: clean the notebooks, record their parameters as defaults, export the library, write README.md (OUTPUTS="nbs/2_data/31_masks.ipynb": add these with their new outputs)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH"; nbdev_clean && $(IN)python -m elbowsynth.run defaults && rm -f elbowsynth/_modidx.py && nbdev_export && $(IN)ruff check -q --select F821,F401 elbowsynth && $(IN)python -m elbowsynth.site --readme $(if $(OUTPUTS),&& git -c filter.elbowsynth-notebook.clean=cat add --renormalize $(OUTPUTS)) && git status --short
 
 lock: install ## Write requirements.lock from settings.ini
 	@sh workflow/lock.sh

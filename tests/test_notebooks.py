@@ -85,8 +85,23 @@ def stage_errors(path):
     errors += [f'cell {i}: exports below the parameters' for i, c in enumerate(code[first:]) if is_exported(c)]
     errors += [f'not flagged slow below the parameters: {source(c)[:40]!r}' for c in code[first+1:] if not flagged(c, 'slow')]
     errors += [f'flagged slow above the parameters: {source(c)[:40]!r}' for c in code[:first] if flagged(c, 'slow')]
-    if not any('notebook_profile' in source(c) for c in code[first:]): errors.append('no cell calls notebook_profile')
-    return errors
+    return errors+run_section_errors(path)
+
+RUN_ONLY = ('**Run this stage only:** click the heading "Run", then choose *Run > Run Selected Cell and All Below* in JupyterLab; '
+            'the cells above need not have run.')
+
+def run_section_errors(path):
+    "Faults of the section Run: heading, parameters, start, work, table of the files"
+    all_cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    first = next(i for i, c in enumerate(all_cells) if 'parameters' in tags(c))
+    heading, start, last = all_cells[max(0, first-1)], all_cells[min(first+1, len(all_cells)-1)], all_cells[-1]
+    errors, name = [], path.stem.split('_', 1)[1]
+    if heading['cell_type']!='markdown' or not source(heading).startswith('## Run\n'): errors.append('no heading "## Run" before the parameters')
+    if source(heading).count(RUN_ONLY)!=1: errors.append('does not say how to run this stage only')
+    if f"\nstarted = start_stage('{name}', globals())" not in source(start): errors.append('no start_stage below the parameters')
+    if source(last)!='#| slow\nstage_files(started)': errors.append('does not end with stage_files')
+    uses = {n.id for c in all_cells[first+2:-1] if c['cell_type']=='code' for n in ast.walk(ast.parse(source(c))) if isinstance(n, ast.Name)}
+    return errors+[f'{n} is used in between' for n in sorted(uses & {'started', 'stage_files', 'start_stage'})]
 
 @pytest.mark.parametrize('path', [named(s.path) for s in STAGES])
 def test_stage_ends_as_papermill_needs_it(path): assert stage_errors(path)==[]
@@ -96,7 +111,8 @@ def test_stage_rules_find_errors(tmp_path):
                           '#| export\ndef g(): pass', 'train()')
     text = '; '.join(stage_errors(path))
     for error in ('epochs: int = 3 has no comment', 'exports below', "not flagged slow below the parameters: 'train()'", 'no parameter out',
-                  'a default value uses the parameter epochs', 'no cell calls notebook_profile'):
+                  'a default value uses the parameter epochs', 'no heading "## Run"', 'how to run this stage only',
+                  'no start_stage', 'does not end with stage_files'):
         assert error in text
 
 @pytest.mark.parametrize('path', [named(s.path) for s in STAGES if s.options_class])

@@ -574,7 +574,7 @@ def execute_report(run, model, to):
     import nbformat, papermill
     nb = nbformat.read(NBS/'6_report'/'81_figures.ipynb', as_version=4)
     is_used = [any(sign in c.source for sign in ('#| slow', '#| export\nimport', '#| hide\nimport')) or 'parameters' in c.metadata.get('tags', []) or c.cell_type=='markdown' for c in nb.cells]
-    nb.cells = [c for c, used in zip(nb.cells, is_used) if used and 'notebook_profile(' not in c.source]
+    nb.cells = [c for c, used in zip(nb.cells, is_used) if used and 'start_stage(' not in c.source and 'stage_files(' not in c.source]
     nb.cells.insert(0, nbformat.v4.new_code_cell('from elbowsynth.report.figures import *'))
     nbformat.write(nb, to/'cells.ipynb')
     papermill.execute_notebook(to/'cells.ipynb', to/'executed.ipynb', {'run': str(run), 'models': [model], 'out': 'figures'}, kernel_name='python3', cwd=ROOT, progress_bar=False)

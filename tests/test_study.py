@@ -126,7 +126,7 @@ from nbclient import NotebookClient
 for path in sys.argv[1:]:
     nb = nbformat.read(path, as_version=4)
     NotebookClient(nb, timeout=600, kernel_name='python3', resources={'metadata': {'path': os.path.dirname(path)}}).execute()
-    print(path, [o.text for c in nb.cells if 'notebook_profile(' in c.source for o in c.get('outputs', []) if o.output_type=='stream'][-1:])
+    print(path, [o.text for c in nb.cells if 'start_stage(' in c.source for o in c.get('outputs', []) if o.output_type=='stream'][-1:])
 '''
     notebooks = sorted((p.relative_to(ROOT) for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts), key=lambda p: p.name)
     assert len(notebooks)>=50
