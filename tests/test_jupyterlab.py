@@ -389,3 +389,45 @@ def test_each_notebook_of_this_repository_passes_unchanged():
         new['cells'].append({'cell_type': 'markdown', 'id': 'appended', 'metadata': {}, 'source': ['x']})
         added = module.clean(as_bytes(new), text).decode().splitlines()
         assert len(added)-len(text.decode().splitlines())==6, path.name                                 # the cell's lines
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def request(port, path, body=None):
+    "The answer of the server, once it runs"
+    import urllib.error, urllib.request
+    data, method = (None, 'GET') if body is None else (json.dumps(body).encode(), 'PUT')
+    for _ in range(300):
+        try: return json.load(urllib.request.urlopen(urllib.request.Request(f'http://127.0.0.1:{port}/{path}', data, method=method)))
+        except urllib.error.HTTPError as error: pytest.fail(error.read().decode())
+        except urllib.error.URLError: time.sleep(.1)
+    pytest.fail('the server did not start')
+
+def test_make_lab_serves_the_checkout_and_a_save_is_no_change(clones, tmp_path):
+    "The server of JupyterLab, as `make lab` starts it; a run notebook is saved as the browser does it"
+    clone, port = clones[1], free_port()
+    git(clone, 'config', '--local', '--unset', 'filter.elbowsynth-notebook.clean')
+    shutil.copy(ROOT/'Makefile', clone)
+    shutil.copy(clone/'nbs'/'a.ipynb', clone/'nbs'/'index.ipynb')
+    (clone/'_runs'/'demo').mkdir(parents=True)
+    settings = {'ServerApp': {'port': port, 'port_retries': 0, 'allow_root': True, 'disable_check_xsrf': True}, 'IdentityProvider': {'token': ''}}
+    (tmp_path/'jupyter').mkdir()
+    (tmp_path/'jupyter'/'jupyter_server_config.json').write_text(json.dumps(settings))
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('JUPYTER', 'JPY'))}
+    env |= {'JUPYTER_CONFIG_DIR': str(tmp_path/'jupyter'), 'JUPYTER_RUNTIME_DIR': str(tmp_path/'runtime'), 'HOME': str(tmp_path), 'BROWSER': 'true'}
+    command = ['make', '-o', 'install', 'lab', f'IN={os.path.dirname(sys.executable)}/']
+    with (tmp_path/'log').open('w') as log:
+        lab = subprocess.Popen(command, cwd=clone, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        names = [entry['name'] for entry in request(port, 'api/contents')['content']]
+        assert {'_runs', 'nbs', 'workflow'}<=set(names), names
+        saved = as_jupyterlab_saves(committed_notebook())
+        request(port, 'api/contents/nbs/a.ipynb', {'type': 'notebook', 'format': 'json', 'content': saved})
+        assert json.loads((clone/'nbs'/'a.ipynb').read_text())['cells'][2]['outputs']==saved['cells'][2]['outputs']    # kept for the reader
+        assert git(clone, 'status', '--short', 'nbs/a.ipynb').stdout==''
+    finally:
+        os.killpg(lab.pid, 15)
+        lab.wait(30)
+    assert 'hook' not in (tmp_path/'log').read_text()

@@ -94,13 +94,15 @@ def run_section_errors(path):
     "Faults of the section Run: heading, parameters, start, work, table of the files"
     all_cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     first = next(i for i, c in enumerate(all_cells) if 'parameters' in tags(c))
-    heading, start, last = all_cells[max(0, first-1)], all_cells[min(first+1, len(all_cells)-1)], all_cells[-1]
+    heading, last = all_cells[max(0, first-1)], all_cells[-1]
+    imported, start = ([*map(source, all_cells[first+1:first+3]), '', ''])[:2]
     errors, name = [], path.stem.split('_', 1)[1]
     if heading['cell_type']!='markdown' or not source(heading).startswith('## Run\n'): errors.append('no heading "## Run" before the parameters')
     if source(heading).count(RUN_ONLY)!=1: errors.append('does not say how to run this stage only')
-    if f"\nstarted = start_stage('{name}', globals())" not in source(start): errors.append('no start_stage below the parameters')
+    if 'from elbowsynth.stages import stage_files, start_stage' not in imported: errors.append('no import of start_stage below the parameters')
+    if f"\nstarted = start_stage('{name}', globals())" not in start: errors.append('no call of start_stage below the import')
     if source(last)!='#| slow\nstage_files(started)': errors.append('does not end with stage_files')
-    uses = {n.id for c in all_cells[first+2:-1] if c['cell_type']=='code' for n in ast.walk(ast.parse(source(c))) if isinstance(n, ast.Name)}
+    uses = {n.id for c in all_cells[first+3:-1] if c['cell_type']=='code' for n in ast.walk(ast.parse(source(c))) if isinstance(n, ast.Name)}
     return errors+[f'{n} is used in between' for n in sorted(uses & {'started', 'stage_files', 'start_stage'})]
 
 @pytest.mark.parametrize('path', [named(s.path) for s in STAGES])
@@ -112,7 +114,7 @@ def test_stage_rules_find_errors(tmp_path):
     text = '; '.join(stage_errors(path))
     for error in ('epochs: int = 3 has no comment', 'exports below', "not flagged slow below the parameters: 'train()'", 'no parameter out',
                   'a default value uses the parameter epochs', 'no heading "## Run"', 'how to run this stage only',
-                  'no start_stage', 'does not end with stage_files'):
+                  'no call of start_stage', 'does not end with stage_files'):
         assert error in text
 
 @pytest.mark.parametrize('path', [named(s.path) for s in STAGES if s.options_class])
