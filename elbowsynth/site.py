@@ -364,6 +364,7 @@ COLUMNS = {                                 # column of a result file to its nam
     'coverage': ('Coverage', 'share of real images with a generated image near'),
     'vendi': ('Vendi score', 'effective number of different images')}
 
+# %% ../nbs/9_run/91_site.ipynb #2970867b
 def column_title(
     name:str, # Column of a result file
 )->str:
