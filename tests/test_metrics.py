@@ -78,7 +78,9 @@ def test_ssim_equals_its_library(convention, h, w):
     single = ssim(x.astype(np.float32), y.astype(np.float32), convention=convention)
     assert np.abs(single-expected).max()<1e-4
 
-@pytest.mark.parametrize('h,w', [(161, 161), (161, 230), (177, 176), (256, 311)])
+LARGE = pytest.param(256, 311, marks=pytest.mark.long('a larger image, 10 s'))
+
+@pytest.mark.parametrize('h,w', [(161, 161), (161, 230), (177, 176), LARGE])
 @pytest.mark.parametrize('convention', LIBRARIES_MS)
 def test_ms_ssim_equals_its_library(convention, h, w):
     x,y = hard_stacks(h, w, float)

@@ -427,6 +427,7 @@ def test_setting_profile_and_plain_papermill_give_the_same_options(toy):
        '-k', 'python3', cwd=toy, PYTHONPATH=str(toy))
     assert used_config(toy/'_runs'/'plain')==by_setting
 
+@pytest.mark.long('three studies, 15 s')
 def test_command_line_options_take_precedence_over_the_profile(toy):
     (toy/'params'/'demo.yaml').write_text('all: {n: 4, optimizer: adam}\nb: {options: {decay_rate: -0.6, betas: [0, 0.9]}}')
     study(toy, '--set', 'decay_rate=-7e-1', '--target', 'b')
@@ -560,7 +561,7 @@ def alive(toy):
         except OSError: return False                                # ended, or a zombie
     return [p.name for p in Path('/proc').glob('[0-9]*') if belongs(p)]
 
-@pytest.mark.parametrize('killed', [pytest.param('study', marks=pytest.mark.long('a study of 40 s')), 'everything'])
+@pytest.mark.parametrize('killed', [pytest.param('study', marks=pytest.mark.long('a study of 40 s')), pytest.param('everything', marks=pytest.mark.long('a study of 20 s'))])
 def test_killed_study_resumes(toy, killed):
     env = {k: v for k, v in os.environ.items() if not k.startswith('ELBOWSYNTH_')} | {'PYTHONPATH': str(toy)}
     args = ['--set', 'sleep=1.0']

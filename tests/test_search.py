@@ -65,6 +65,7 @@ def check_kills(folder, n_kills, seed=0):
     for journal in folder.glob('kill-*/out/journal.jsonl'):
         assert sum('params' in json.loads(line) for line in journal.read_text().splitlines())==4
 
+@pytest.mark.long('two searches, 10 s')
 def test_a_search_killed_at_file_operations_ends_with_the_same_files(tmp_path): check_kills(tmp_path, 2)
 
 @pytest.mark.long('50 searches')

@@ -158,6 +158,8 @@ def test_quarto_renders_the_site(tmp_path):
     done = sh(sys.executable, '-m', 'elbowsynth.site', cwd=top, PYTHONPATH=str(top))
     assert 'rendering with quarto' in done.stdout and check_site(top/'_docs')==[]
 
+built_site = pytest.mark.long('builds all pages of the site, a minute')
+
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     top = copy_of_checkout(tmp_path_factory.mktemp('site')/'clone')
@@ -168,6 +170,7 @@ def site(tmp_path_factory):
 
 def parsed(page): return PageParser(page.read_text(encoding='utf-8'))
 
+@built_site
 def test_every_page_is_built(site):
     # the command has checked every page, and fails on a fault
     pages = {p.relative_to(site/'nbs').with_suffix('').as_posix() for p in (site/'nbs').rglob('*.html')}
@@ -182,6 +185,7 @@ def test_every_page_is_built(site):
     assert '0.292' in results and '0.868' in results                                         # the paper's, in their own columns
     assert (site/'nbs'/'references.html').read_text(encoding='utf-8').count('id="ref-')>=60
 
+@built_site
 def test_links_of_nested_pages(site):
     repository = 'https://github.com/elbowsynth/elbowsynth/blob/main/'
     files, n_links, n_docs = set(), 0, 0
@@ -198,6 +202,7 @@ def test_links_of_nested_pages(site):
     nested = ' '.join(link for page in (site/'nbs').glob('*/*.html') for link in parsed(page).links)
     assert re.search(r'\.\./\d_\w+/\d\d_\w+\.html#\w+', nested)                             # a name of another folder
 
+@built_site
 def test_a_name_of_several_modules_leads_to_its_own_folder(site):
     notebooks = read_notebooks(site.parent/'nbs')
     names = [name for nb in notebooks.values() for name in {exported for exported, _ in exports(nb)}]
@@ -209,6 +214,7 @@ def test_a_name_of_several_modules_leads_to_its_own_folder(site):
             if name in ambiguous and '/' in link: wrong.append(f'{page.name}: {name} leads to {link}')
     assert wrong==[]
 
+@built_site
 def test_images_and_tables_of_nested_pages(site):
     page = parsed(site/'nbs'/'7_experiments'/'85_finetuning_effect.html')
     images = [file for file in page.files if 'results/finetuning_effect' in file]
@@ -217,6 +223,7 @@ def test_images_and_tables_of_nested_pages(site):
     assert tables and all((site/'nbs'/link).is_file() for link in tables)
     assert any('final_samples' in file for file in parsed(site/'nbs'/'index.html').files)
 
+@built_site
 def test_reference_lists_every_export(site):
     html = unescape((site/'nbs'/'reference.html').read_text(encoding='utf-8'))
     for name, nb in read_notebooks(site.parent/'nbs').items():
@@ -226,12 +233,14 @@ def test_reference_lists_every_export(site):
             assert exported=='main' or f'href="{link}"' in html, link
     for package in ('core', 'data', 'diffusion', 'evaluation'): assert f'elbowsynth.{package}' in html
 
+@built_site
 def test_formulas_and_search_work_offline(site):
     page = (site/'nbs'/'methods-metrics.html').read_text(encoding='utf-8')
     assert '../site_libs/katex/katex.min.js' in page and 'cdn.' not in page and (site/'site_libs'/'katex'/'fonts').is_dir()
     index = json.loads((site/'search.json').read_text(encoding='utf-8'))
     assert any('glossary' in str(o) for o in index) and any('results.html' in str(o) for o in index)
 
+@built_site
 def test_the_front_page_begins_with_the_finding_and_three_ways_in(site):
     html = unescape((site/'nbs'/'index.html').read_text(encoding='utf-8'))
     main = re.sub(r'<[^>]*>', '', html[html.index('<main'):])
@@ -239,6 +248,7 @@ def test_the_front_page_begins_with_the_finding_and_three_ways_in(site):
     assert main.index(f'Finding of the run {run}')<main.index('Three ways in')<main.index('Quick start')
     assert '<figcaption' in html[:html.index('Three ways in</h2>')]
 
+@built_site
 def test_the_page_of_a_stage_shows_the_run(site):
     figures = {p.stem for p in (site.parent/'nbs'/'results'/'demo'/'figures').glob('*.png')}
     pages = {p.stem[3:]: p for p in (site/'nbs').glob('*/*.html')}
@@ -247,6 +257,7 @@ def test_the_page_of_a_stage_shows_the_run(site):
         for kind in ('curves', 'samples'): assert (f'{model}-{kind}' in figures)==(f'results/figures/{model}-{kind}.' in shown)
         assert 'in-the-run' in parsed(pages[model]).ids
 
+@built_site
 def test_further_scores_have_a_page_with_explained_columns(site):
     html = (site/'nbs'/'scores.html').read_text(encoding='utf-8')
     assert '<th>Pairs</th>' in html and '<em>Pairs</em>: image-pathology pairs' in html
@@ -259,6 +270,7 @@ def test_each_open_claim_names_what_would_close_it():
     row = {'What would decide it': 'x', 'Verdict': 'open (undecided: a tie; simulated images; small base models (FLUX); fewer than three seeds (FLUX))'}
     assert closing_text(row)=='radiographs of patients; the published base models; three training seeds of each model'
 
+@built_site
 def test_the_check_finds_faults(site, tmp_path):
     page = tmp_path/'broken'/'nbs'/'results.html'
     page.parent.mkdir(parents=True)
@@ -464,6 +476,7 @@ def test_every_page_in_a_browser(site, browser):
     assert len(found)>70
     assert {name: faults for name, faults in found.items() if faults}=={}
 
+@built_site
 def test_search_and_dark_mode_work(site, browser):
     server = serve(site)
     page = browser.new_page(viewport=LOOKS['desktop'])
@@ -490,6 +503,7 @@ BROKEN_NAMES = """() => [...document.querySelectorAll('td, th')].flatMap(cell =>
     return found })"""
 CLIPPED = "() => [...document.querySelectorAll('pre')].filter(e => e.querySelector('code.bash') && e.scrollWidth>e.clientWidth).map(e => e.innerText)"
 
+@built_site
 @pytest.mark.parametrize('look, scheme', [('desktop', 'light'), ('desktop', 'dark'), ('phone', 'dark')])
 def test_the_first_pages_read_well(site, browser, look, scheme):
     server = serve(site)
@@ -510,6 +524,7 @@ def hits(page, words):
     page.wait_for_timeout(300)
     return page.locator('.smalldocs-search-results a').all_inner_texts()
 
+@built_site
 def test_the_search_finds_what_is_typed(site, browser):
     server = serve(site)
     page = browser.new_page(viewport=LOOKS['desktop'])
