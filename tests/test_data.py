@@ -1,5 +1,5 @@
 "The labels table, masks and the split: properties, second opinions, and inputs known to be invalid"
-import io, json, re, struct, time, zlib
+import io, itertools, json, re, struct, time, zlib
 import cv2, numpy as np, pandas as pd
 import pytest
 from pathlib import Path
@@ -21,7 +21,7 @@ from elbowsynth.data.masks import (
     mask_regions, plot_mask_checks, write_masks)
 from elbowsynth.data.preprocess import preprocess_folder
 from elbowsynth.data.split import (
-    class_counts, format_shares, patient_groups, small_classes, split_deviations,
+    best_selection, class_counts, format_shares, patient_groups, small_classes, split_deviations,
     stratified_group_split, view_counts, write_split)
 from elbowsynth.phantom.phantom import phantom, sample_artifacts
 
@@ -1017,6 +1017,22 @@ def test_a_small_split_is_the_best_of_all(patients, seed):
     best = min(distance_to_target(rows, subset) for subset in subsets)
     is_test = stratified_group_split(pairs, seed=seed)=='test'
     assert distance_to_target(rows, set(pairs.patient[is_test]))<=best+1e-9
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.tuples(st.integers(0, 4), st.integers(0, 4)), st.integers(1, 3)), min_size=1, max_size=4,
+                unique_by=lambda group: group[0]), st.tuples(st.integers(0, 6), st.integers(0, 6)))
+def test_the_best_selection_is_the_best_of_all(groups, target):
+    "Without the local search before it, which nearly always finds the same one"
+    counts, numbers = [c for c,_ in groups], [n for _,n in groups]
+    if sum(numbers)<2: return
+    used = [k for k in range(2) if any(c[k] for c in counts)]
+    def distance(selection):
+        sums = [sum(n*c[k] for n,c in zip(selection, counts)) for k in range(2)]
+        return sum((sums[k]-target[k])**2/max(1, target[k]) for k in used)
+    possible = [s for s in itertools.product(*(range(n+1) for n in numbers)) if 0<sum(s)<sum(numbers)]
+    found, selection = best_selection(np.array(counts), np.array(numbers), np.array(target, float))
+    assert tuple(selection) in possible
+    assert abs(found-min(map(distance, possible)))<1e-9 and abs(found-distance(selection))<1e-9
 
 def test_a_split_that_knows_few_patients_is_refused_unless_allowed(tmp_path, capsys):
     def write(n_unknown, name='unknown-{}'):

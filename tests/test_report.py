@@ -5,6 +5,7 @@ import cv2, numpy as np, pandas as pd
 import pytest
 from conftest import ROOT
 from elbowsynth.core import save_json
+from elbowsynth.report.run_summary import escape_text
 from elbowsynth.report.report import findings, read_evidence, warnings, write_page
 from test_site import chromium
 
@@ -252,3 +253,10 @@ def test_in_print_the_folded_parts_are_shown_and_no_figure_is_cut(made, browser)
     assert all(height<900 and right<=794 for height, right in sizes), sizes
     assert page.evaluate("[...document.querySelectorAll('figure')].every(f => getComputedStyle(f).breakInside=='avoid')")
     page.close()
+
+@pytest.mark.parametrize('text', ['<img src=x onerror=alert(1)>.png', '**bold** `code` | cell', '[a](javascript:1)', 'a & "b"', '# heading', '$x$ _y_'])
+def test_texts_of_data_are_no_markup_in_markdown(text):
+    "A Markdown reader and an HTML parser see the text itself"
+    import html, mistune
+    page = mistune.create_markdown(escape=False, plugins=['table'])(escape_text(text)).strip()
+    assert re.findall(r'<[^>]*>', page)==['<p>', '</p>'] and html.unescape(re.sub(r'<[^>]*>', '', page))==text

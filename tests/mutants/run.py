@@ -19,11 +19,17 @@ def read_mutants(words=()):
 
 def run_tests(checkout, tests):
     "Exit status of pytest (0: all pass, 1: some fail, others: pytest itself failed), and its output"
-    variables = os.environ | {'PYTHONPATH': str(checkout), 'PYTHONDONTWRITEBYTECODE': '1'}
+    variables = os.environ | {'PYTHONPATH': str(checkout)}
     command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:xdist', '-p', 'no:cacheprovider']
     done = subprocess.run([*command, *tests], cwd=checkout, env=variables, capture_output=True,
                           text=True)
     return done.returncode, done.stdout[-3000:]+done.stderr[-1000:]
+
+def replace(path, text):
+    "Write a module; Python sees by its time that it has changed, and compiles it anew"
+    before = path.stat().st_mtime
+    path.write_text(text, encoding='utf-8')
+    os.utime(path, (before+2, before+2))
 
 def plant(checkout, mutant):
     "Put the bug into the library; its text without the bug"
@@ -32,7 +38,7 @@ def plant(checkout, mutant):
     count = text.count(mutant['old'])
     if count!=1: raise ValueError(
         f'{mutant["file"]} has {count} times {mutant["old"]!r}; expected once; fix: mutants.json')
-    path.write_text(text.replace(mutant['old'], mutant['new']), encoding='utf-8')
+    replace(path, text.replace(mutant['old'], mutant['new']))
     return text
 
 def main():
@@ -45,7 +51,7 @@ def main():
     for i,mutant in enumerate(mutants, 1):
         text = plant(checkout, mutant)
         status, output = run_tests(checkout, [mutant['test']])
-        (checkout/mutant['file']).write_text(text, encoding='utf-8')
+        replace(checkout/mutant['file'], text)
         if status not in (0, 1): sys.exit(f'pytest ended with {status}: {mutant["test"]}\n{output}')
         survivors += status==0
         result = 'caught' if status else 'SURVIVED'
