@@ -114,8 +114,14 @@ def read_stage_files(
 def stage_values(
     run:Path, # Folder of the run
 )->dict[str,dict]: # Stage to the values of its parameters
-    "The parameters of a run's stages, as far as they are recorded"
-    return {stage['name']: stage['values'] for stage in read_stage_files(run)}
+    "The parameters of a run's stages, as the runner recorded them, or at least their base models"
+    values = {stage['name']: stage['values'] for stage in read_stage_files(run)}
+    for path in sorted(Path(run).glob('*/config.json')):            # of a training without the runner
+        model = path.parent.name
+        if model in values or '-previous-' in model: continue
+        config = read_stage_file(path, model)
+        if 'base_model' in config: values[model] = {'base_model': config['base_model']}
+    return values
 
 # %% ../../nbs/6_report/80_run_summary.ipynb #a4c40dfd
 def is_simulated(
