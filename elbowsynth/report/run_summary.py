@@ -116,7 +116,7 @@ def stage_values(
 )->dict[str,dict]: # Stage to the values of its parameters
     "The parameters of a run's stages, as the runner recorded them, or at least their base models"
     values = {stage['name']: stage['values'] for stage in read_stage_files(run)}
-    for path in sorted(Path(run).glob('*/config.json')):            # of a training without the runner
+    for path in sorted(Path(run).glob('*/config.json')):    # of a training without the runner
         model = path.parent.name
         if model in values or '-previous-' in model: continue
         config = read_stage_file(path, model)
