@@ -78,7 +78,7 @@ def evaluate(radiograph):
             'marker_is_crossed': bool(is_crossed),
             'seed': radiograph.seed}
 
-@pytest.mark.parametrize('n', [30, pytest.param(500, marks=pytest.mark.long('500 simulated images, a minute'))])
+@pytest.mark.parametrize('n', [60, pytest.param(500, marks=pytest.mark.long('500 simulated images, a minute'))])
 def test_polarity_and_crop_are_correct_for_99_percent(n):
     def evaluate_one(i):
         artifacts = [a for a in ARTIFACTS if a!='colored overlay' or i%2]
