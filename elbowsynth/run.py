@@ -17,7 +17,7 @@ from pathlib import Path
 from .core import atomic_write, format_duration, n_cores, root, save_json
 from .stages import (
     claim_data, edited_parameters, has_setting, merge_values, profile_values, read_profile,
-    record_defaults, route_settings, run_folder, Stage, stages, suggestion)
+    record_defaults, route_settings, run_folder, Stage, stages, suggestion, without_examples)
 
 # %% ../nbs/9_run/90_run.ipynb #6ad033c5
 @dataclass
@@ -215,8 +215,7 @@ def code_hash(
     library:Path, # Folder of the library
 )->str: # Twelve hexadecimal digits
     "A hash of the code that a notebook executes: its cells and the library modules that it imports"
-    notebook_json = json.loads(Path(notebook).read_text(encoding='utf-8'))
-    cells = [''.join(c['source']) for c in notebook_json['cells']
+    cells = [''.join(c['source']) for c in without_examples(notebook)['cells']
              if c['cell_type']=='code' and 'parameters' not in c['metadata'].get('tags', [])]
     texts = [normalized_source(c) for c in cells if not c.startswith('#| hide')]
     open_modules, seen = imported_modules('\n'.join(cells), '', library), set()
@@ -399,14 +398,18 @@ def _execute(job, copy, log_file, on_progress):
     _leave_out_iri_grammar()
     import papermill
     logging.getLogger('papermill').setLevel(logging.ERROR)
-    notebook, tee = root()/job.notebook, LogTee(log_file, on_progress)
+    tee = LogTee(log_file, on_progress)
+    notebook = copy.with_name(f'.{copy.name}')          # hidden: JupyterLab does not list it
+    notebook.write_text(json.dumps(without_examples(root()/job.notebook)), encoding='utf-8')
     try:
         papermill.execute_notebook(
             _escape_braces(notebook), _escape_braces(copy), job.values, kernel_name='python3',
             cwd=root(), progress_bar=False, stdout_file=tee, stderr_file=tee,
             extra_arguments=['--log-level=CRITICAL'])
     except Exception as error: return error
-    finally: tee.finish()
+    finally:
+        tee.finish()
+        notebook.unlink(missing_ok=True)
 
 # %% ../nbs/9_run/90_run.ipynb #8e8a487c
 def run_stage(

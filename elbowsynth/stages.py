@@ -7,7 +7,7 @@ __all__ = ['MAX_RUN_NAME', 'MAX_COUNTED', 'Stage', 'read_parameters', 'options_c
            'edited_parameters', 'coerce_type', 'type_errors', 'suggestion', 'option_defaults', 'has_setting',
            'route_settings', 'merge_values', 'read_profile', 'profile_values', 'run_folder', 'recorded_data',
            'claim_data', 'papermill_parameters', 'lab_values', 'typed_values', 'StageFinished', 'notebook_profile',
-           'run_definitions', 'StageStart', 'start_stage', 'stage_files', 'start_page']
+           'without_examples', 'run_definitions', 'StageStart', 'start_stage', 'stage_files', 'start_page']
 
 # %% ../nbs/0_core/01_stages.ipynb #b0ee6b9e
 import ast, csv, difflib, fcntl, html, importlib, io, json, linecache, os, re, time, tokenize
@@ -507,6 +507,25 @@ def notebook_profile(
     _stop_if_finished(stage, run_dir, values, typed)
     _say_how_to_resume()
 
+# %% ../nbs/0_core/01_stages.ipynb #30ffef72
+def _is_definition(cell):
+    "Whether the section Run may need a cell: it is exported or hidden"
+    flag = re.search(r'^#\|\s*(exports?|hide)\s*$', ''.join(cell['source']), re.M)
+    return cell['cell_type']=='code' and bool(flag)
+
+def _is_parameters(cell): return 'parameters' in cell['metadata'].get('tags', [])
+
+def without_examples(
+    notebook:Path, # A stage notebook
+)->dict: # The notebook in JSON
+    "A stage notebook without its examples: definitions, parameters and what follows; all its text"
+    contents = json.loads(Path(notebook).read_text(encoding='utf-8'))
+    cells = contents['cells']
+    start = next((i for i,cell in enumerate(cells) if _is_parameters(cell)), 0)
+    kept = [cell for i,cell in enumerate(cells)
+            if i>=start or cell['cell_type']!='code' or _is_definition(cell)]
+    return contents | {'cells': kept}
+
 # %% ../nbs/0_core/01_stages.ipynb #2aea9692
 def run_definitions(
     notebook:Path, # A stage notebook
@@ -519,8 +538,7 @@ def run_definitions(
     for i,cell in enumerate(cells, 1):
         source = ''.join(cell['source'])
         if 'parameters' in cell['metadata'].get('tags', []): break
-        defines = re.search(r'^#\|\s*(exports?|hide)\s*$', source, re.M)
-        if cell['cell_type']!='code' or not defines or source.strip() in done: continue
+        if not _is_definition(cell) or source.strip() in done: continue
         where = f'<{Path(notebook).name}, cell {i}>'
         lines = source.splitlines(keepends=True)
         linecache.cache[where] = (len(source), None, lines, where)          # tracebacks show them

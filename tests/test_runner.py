@@ -13,7 +13,7 @@ from elbowsynth.stages import StageFinished, notebook_profile, record_defaults, 
 def notebook(path, parameters, body):
     "Write a stage notebook"
     nb = nbformat.v4.new_notebook(metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}})
-    imports = nbformat.v4.new_code_cell('import json, time\nfrom pathlib import Path\nfrom elbowsynth.core import progress, root')
+    imports = nbformat.v4.new_code_cell('#| export\nimport json, time\nfrom pathlib import Path\nfrom elbowsynth.core import progress, root')
     call = f'from elbowsynth.stages import notebook_profile\nnotebook_profile({path.stem.split("_")[1]!r}, globals())'
     tagged = nbformat.v4.new_code_cell(parameters, metadata={'tags': ['parameters']})
     nb.cells = [imports, tagged, nbformat.v4.new_code_cell(call), nbformat.v4.new_code_cell(body)]
