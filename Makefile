@@ -10,13 +10,14 @@ OPTIONS :=
 BENCH := gans metrics stats diffusion phantom preprocess
 ONLY :=
 OUTPUTS :=
+MODELS :=
 IN := .venv/bin/
 STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)'
 
 # Compiled modules are kept, also where a container forbids it: without them each process compiles torch and diffusers anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help study inpaint import test fuzz mutants bench lab site readme prepare lock install clean
+.PHONY: help study inpaint import test fuzz mutants bench lab site readme prepare lock bundle install clean
 .DEFAULT_GOAL := help
 
 help: ## List the commands
@@ -64,6 +65,9 @@ prepare: install ## Before a commit: clean the notebooks, record their parameter
 
 lock: install ## Write requirements.lock from settings.ini
 	@sh workflow/lock.sh
+
+bundle: install ## Pack the checkout, the packages and MODELS="FOLDER FOLDER" into one archive for machines without internet, 3 GB
+	@sh workflow/bundle.sh $(MODELS)
 
 clean: ## Remove generated files: .venv, the site, caches (not _runs)
 	rm -rf .venv _docs _proc build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -8,14 +8,18 @@ if [ -z "${python:-}" ]; then echo "elbowsynth requires Python 3.11, 3.12 or 3.1
 start=$(date +%s)
 echo "Installing into .venv with $("$python" --version) (once; about a minute on a fast connection, 6 GB on disk) ..."
 "$python" -m venv --clear .venv || { echo "$python cannot create environments; fix: on Debian and Ubuntu install python3-venv"; exit 1; }
-if command -v uv >/dev/null 2>&1; then uv=uv; else
-    uv=.venv/bin/uv
-    sed -n '/^uv==/,/[^\\]$/p' requirements.lock > .venv/uv.txt      # the locked version, with its hashes
-    .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r .venv/uv.txt >/dev/null 2>&1 || uv=
-fi
-if [ -n "$uv" ] && "$uv" --version >/dev/null 2>&1
-then VIRTUAL_ENV="$PWD/.venv" "$uv" pip install -q --require-hashes -r requirements.lock
-else .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+if [ -d wheels ]; then                              # the archive of `make bundle`: no internet is needed
+    .venv/bin/python -m pip install -q --disable-pip-version-check --no-index --find-links wheels --no-deps --require-hashes -r wheels/requirements.txt
+else
+    if command -v uv >/dev/null 2>&1; then uv=uv; else
+        uv=.venv/bin/uv
+        sed -n '/^uv==/,/[^\\]$/p' requirements.lock > .venv/uv.txt      # the locked version, with its hashes
+        .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r .venv/uv.txt >/dev/null 2>&1 || uv=
+    fi
+    if [ -n "$uv" ] && "$uv" --version >/dev/null 2>&1
+    then VIRTUAL_ENV="$PWD/.venv" "$uv" pip install -q --require-hashes -r requirements.lock
+    else .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+    fi
 fi
 .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --use-pep517 -e .
 .venv/bin/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" >/dev/null 2>&1 || :    # it would request news from the web
