@@ -17,11 +17,11 @@ from ..core import content_hash, progress
 from ..training import (
     configure_device, get_device, JsonlLogger, lock_training, NanGuard, save_samples, to_tensor)
 from .settings import ACGANConfig
-from elbowsynth.gans.gan import (
-    adam, cuda_graphed, fixed_noise, generate, get_label_fields, grad_norm, label_cross_entropy,
-    log_checkpoint_metrics, maybe_compile, n_upsamples, no_param_grad, one_hot_labels, open_logs,
-    optimizer_step, output_block, prepare_training, scale_channels, training_batches, up_block,
-    validation_mask)
+from .gan import (
+    adam, cuda_graphed, end_epoch, fixed_noise, generate, get_label_fields, grad_norm,
+    label_cross_entropy, log_checkpoint_metrics, maybe_compile, n_upsamples, no_param_grad,
+    one_hot_labels, open_logs, optimizer_step, output_block, prepare_training, scale_channels,
+    training_batches, up_block, validation_mask)
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #31c0fa46
 class Generator(nn.Sequential):
@@ -220,6 +220,12 @@ def _all_labels(pairs, test, is_validation, label_fields, n_labels):
     tables = (pairs[~is_validation], pairs[is_validation], test)
     return [one_hot_labels(table, label_fields, n_labels) for table in tables]
 
+def _model_config(size, config, label_fields):
+    "What `sample_checkpoint` needs to build the generator"
+    generator_config = {'size': size, 'width': config.width, 'n_labels': config.n_labels}
+    return {'module': 'gans.ac_gan', 'generator': generator_config,
+            'label_fields': list(label_fields.items())}                 # their order matters
+
 def _weights_config(config, label_fields, training_data, test_data):
     "All that weights and images depend on; settings that are not here may change in between"
     names = ('width', 'batch_size', 'betas', 'dropout', 'label_sampling', 'seed')
@@ -267,18 +273,18 @@ def train_conditional_gan(
 
     train_step = cuda_graphed(train_step, device)
     sample_sets = {'validation': (pairs[is_validation], validation_y), 'samples': (test, test_y)}
-    generator_config = {'size': size, 'width': config.width, 'n_labels': config.n_labels}
-    model_config = {'module': 'gans.ac_gan', 'generator': generator_config,
-                    'label_fields': list(label_fields.items())}         # their order matters
+    model_config = _model_config(size, config, label_fields)
+    until = end_epoch(config.epochs, config.checkpoint_every, config.stop_epoch)
     with lock_training(out):
-        n_steps = prepare_training(out, run_config, n, config.batch_size, config.epochs)
+        n_steps = prepare_training(out, run_config, n, config.batch_size, config.epochs, until)
         log,metrics_log = open_logs(out, config.tensorboard, config.batch_size)
         on_checkpoint = make_checkpoint_callback(
             out, nets['gen'], nets['dis'], train_images, y, sample_sets, images[is_validation],
             field_sizes, metrics_log, config.seed)
         batches = training_batches(
             out, n, config.batch_size, config.epochs, config.checkpoint_every, config.seed, nets,
-            opts, on_checkpoint, guard, config.log_every, model_config=model_config)
+            opts, on_checkpoint, guard, config.log_every, model_config=model_config,
+            stop_epoch=config.stop_epoch)
         for step,indices in progress(batches, name, n_steps, config.max_minutes):
             terms = train_step(indices)
             if step==1 or step%config.log_every==0:

@@ -7,8 +7,8 @@ __all__ = ['LABEL_FIELDS', 'CHECKPOINT_PANELS', 'get_label_fields', 'one_hot_lab
            'fixed_noise', 'generate', 'scale_channels', 'n_upsamples', 'UpConv', 'up_block', 'output_block',
            'block_shapes', 'adam', 'optimizer_step', 'no_param_grad', 'cuda_graphed', 'maybe_compile', 'grad_norm',
            'ms_ssim_fast', 'intra_class_ms_ssim', 'nn_distance', 'most_frequent_labels', 'log_checkpoint_metrics',
-           'total_steps', 'prepare_training', 'training_progress', 'open_logs', 'training_batches', 'sample_checkpoint',
-           'best_hyperparameters', 'plot_losses', 'plot_checkpoint_metrics', 'plot_samples']
+           'total_steps', 'end_epoch', 'prepare_training', 'training_progress', 'open_logs', 'training_batches',
+           'sample_checkpoint', 'best_hyperparameters', 'plot_losses', 'plot_checkpoint_metrics', 'plot_samples']
 
 # %% ../../nbs/3_gans/35_gan.ipynb #ad1b500c
 import importlib, json, shutil, time, warnings
@@ -18,10 +18,10 @@ from itertools import islice
 from pathlib import Path
 from torch import nn
 from ..core import content_hash, require_path, show_images
-from elbowsynth.training import (
-    all_finite, batch_indices, checkpoint_steps, claim_training_dir, get_device, JsonlLogger,
-    load_checkpoint, NanGuard, print_start, raise_diverged, restore_checkpoint, save_checkpoint,
-    to_uint8)
+from ..training import (
+    all_finite, batch_indices, checkpoint_epochs, checkpoint_steps, claim_training_dir, get_device,
+    JsonlLogger, last_epoch, load_checkpoint, NanGuard, print_start, raise_diverged,
+    restore_checkpoint, save_checkpoint, stop_if_requested, stop_requested, to_uint8)
 from ..data.classes import PATHOLOGIES, SIDES, VIEWS
 from ..data.images import read_image, write_png
 from ..data.split import stratified_group_split
@@ -371,12 +371,22 @@ def total_steps(
     "Number of steps of a whole training"
     return -(-n*epochs//batch_size)                             # rounded up
 
+def end_epoch(
+    epochs:int, # Epochs of the whole training
+    checkpoint_every:int, # Epochs between two checkpoints
+    stop_epoch:int=-1, # The checkpoint at which to stop; -1 for the last
+)->int:
+    "The epoch at which a call of a training ends; ValueError if it is not a checkpoint"
+    return last_epoch(checkpoint_epochs(epochs, checkpoint_every), stop_epoch)
+
+# %% ../../nbs/3_gans/35_gan.ipynb #3aaf4451
 def prepare_training(
     out:Path, # Folder of the model, locked by the caller
     config:dict, # All that the weights depend on, except the number of epochs
     n:int, # Training images
     batch_size:int, # Images in a batch
-    epochs:int, # Epochs to train
+    epochs:int, # Epochs of the whole training
+    until:int=None, # Epoch at which this call ends; None for all epochs
 )->int: # Steps that remain
     "Claim a folder, restore its last good checkpoint, and print where the training starts"
     reason = claim_training_dir(out, config)
@@ -387,9 +397,11 @@ def prepare_training(
     if done>total: raise ValueError(
         f'{name} is already trained for {done} steps; {epochs} epochs are only {total} steps; '
         'fix: set epochs at least as high as before, or use another folder')
+    last = total if until is None else total_steps(n, batch_size, until)
     if done and done==total: print(f'{name}: all {total} steps are done')
+    elif done and done>=last: print(f'{name}: {done} of {total} steps are done, epoch {until}')
     else: print_start(name, done, total, done*batch_size/n, reason)
-    return total-done
+    return max(0, last-done)
 
 # %% ../../nbs/3_gans/35_gan.ipynb #e4a6b62e
 def training_progress(
@@ -420,6 +432,7 @@ def _remove_incomplete_samples(out):
     for output in ('samples', 'validation'):
         for part in (Path(out)/output).glob('.*'): shutil.rmtree(part)
 
+# %% ../../nbs/3_gans/35_gan.ipynb #0250d350
 def training_batches(
     out:Path, # Folder of the model
     n:int, # Training images
@@ -435,9 +448,12 @@ def training_batches(
     generator:torch.Generator=None, # The model's own random generator
     model_config:dict=None, # What `sample_checkpoint` needs to build the generator
     save_every_s:float=600, # Seconds between two saves, besides the checkpoints
+    stop_epoch:int=-1, # The checkpoint at which to stop; -1 for the last
 ):
     "Yield (step, batch indices) from the last checkpoint in `out` to the end, and save checkpoints"
     checkpoint = Path(out)/'checkpoint.safetensors'
+    end = end_epoch(epochs, checkpoint_every, stop_epoch)
+    last_step, all_steps = (total_steps(n, batch_size, e) for e in (end, epochs))
     epoch_at = checkpoint_steps(n, batch_size, epochs, checkpoint_every)    # step to epoch
     def diverged(step, reason):
         indices = next(batch_indices(n, batch_size, epochs, seed, step-1))
@@ -445,29 +461,35 @@ def training_batches(
                        batch_indices=indices)
     def save(step):
         if not all_finite(nets): diverged(step, 'a weight is NaN or infinite')
+        nonlocal is_between
         epoch = epoch_at.get(step)
         if epoch is not None: on_checkpoint(epoch, step)
-        save_checkpoint(checkpoint, nets, opts, generator, step=step, epoch=epoch,
-                        model_config=model_config)
+        # The previous file is always of a checkpoint, whenever a training was interrupted
+        save_checkpoint(checkpoint, nets, opts, generator, keep_previous=not is_between, step=step,
+                        epoch=epoch, model_config=model_config)
+        is_between = epoch is None
 
     _remove_incomplete_samples(out)
     start,completed_epoch = training_progress(out)
     if checkpoint.exists(): load_checkpoint(checkpoint, nets, opts, generator)
+    is_between = start not in epoch_at
     if start in epoch_at and completed_epoch!=epoch_at[start]: save(start)
+    stop_if_requested(Path(out).name, start, last_step, all_steps)
 
     step = start
     last_save = time.monotonic()
-    remaining = batch_indices(n, batch_size, epochs, seed, start)
+    remaining = batch_indices(n, batch_size, end, seed, start)
     while chunk := list(islice(remaining, 1000)):
         for indices in torch.from_numpy(np.stack(chunk)).to(guard.first_bad.device):
             step += 1
             yield step, indices
-            due = step in epoch_at or time.monotonic()-last_save>save_every_s
+            due = step in epoch_at or time.monotonic()-last_save>save_every_s or stop_requested()
             if not due and step%guard_every: continue
             bad_step = guard.first_bad_step()                   # counted from `start`; 0 if none
             if bad_step: diverged(start+bad_step, 'a loss is NaN, infinite or above 1e6')
             if not due: continue
             save(step)
+            stop_if_requested(Path(out).name, step, last_step, all_steps)
             last_save = time.monotonic()
 
 # %% ../../nbs/3_gans/35_gan.ipynb #09ef3cd5

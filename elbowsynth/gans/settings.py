@@ -30,6 +30,8 @@ class WGANGPConfig:
     device:str='auto' # `cuda`, `cpu`, or `auto` for a GPU if there is one
     log_every:int=20 # Steps between two records of the log
     tensorboard:bool=False # Whether to log for TensorBoard, too
+    stop_epoch:int=-1 # Checkpoint at which to stop, with it saved; -1 trains all epochs
+    only_models:tuple=() # Train only these, as `AP__normal`; nothing is merged
     max_minutes:float=0. # Raise an error if the work would take longer; 0 for no limit
 
 # %% ../../nbs/3_gans/34_gan_settings.ipynb #edc89bb0
@@ -54,6 +56,7 @@ class ACGANConfig:
     log_every:int=100 # Steps between two records of the log
     tensorboard:bool=False # Whether to log for TensorBoard, too
     compile:bool=False # Whether to compile the losses (CUDA)
+    stop_epoch:int=-1 # Checkpoint at which to stop, with it saved; -1 trains all epochs
     max_minutes:float=0. # Raise an error if the work would take longer; 0 for no limit
 
 # %% ../../nbs/3_gans/34_gan_settings.ipynb #5a9cd1d6
@@ -78,4 +81,5 @@ class TACGANConfig:
     log_every:int=100 # Steps between two records of the log
     tensorboard:bool=False # Whether to log for TensorBoard, too
     compile:bool=False # Whether to compile the losses (CUDA)
+    stop_epoch:int=-1 # Checkpoint at which to stop, with it saved; -1 trains all epochs
     max_minutes:float=0. # Raise an error if the work would take longer; 0 for no limit

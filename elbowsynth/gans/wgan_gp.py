@@ -5,29 +5,29 @@
 # %% auto #0
 __all__ = ['Generator', 'Critic', 'gradient_penalty', 'critic_loss', 'generator_loss', 'dropout_mask', 'critic_forward',
            'elu_backward', 'critic_backward', 'conv_weight_grad', 'critic_gradients', 'generator_output_grad',
-           'flip_right_elbows', 'wgan_step', 'train_one_model', 'select_models', 'uncovered_pairs', 'interleave',
-           'saved_epochs', 'merge_samples', 'train_wgan_gp']
+           'flip_right_elbows', 'wgan_step', 'train_one_model', 'select_models', 'model_folder', 'only_named',
+           'uncovered_pairs', 'interleave', 'saved_epochs', 'merge_samples', 'train_wgan_gp']
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #e6b2674d
 import shutil
 import numpy as np, pandas as pd, torch
 from collections import deque
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from fastcore.meta import delegates
 from functools import partial
 from pathlib import Path
 from torch import nn
 from ..core import atomic_write, content_hash, progress
-from elbowsynth.training import (
-    checkpoint_steps, configure_device, get_device, lock_training, NanGuard, save_samples,
-    to_tensor)
+from ..training import (
+    checkpoint_epochs, checkpoint_steps, configure_device, get_device, lock_training, NanGuard,
+    save_samples, to_tensor, TrainingStopped)
 from ..data.classes import PATHOLOGIES, VIEWS
 from .settings import WGANGPConfig
 from .gan import (
-    adam, cuda_graphed, fixed_noise, generate, grad_norm, log_checkpoint_metrics, n_upsamples,
-    open_logs, output_block, prepare_training, scale_channels, total_steps, training_batches,
-    up_block, validation_mask)
+    adam, cuda_graphed, end_epoch, fixed_noise, generate, grad_norm, log_checkpoint_metrics,
+    n_upsamples, open_logs, output_block, prepare_training, scale_channels, total_steps,
+    training_batches, up_block, validation_mask)
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #303867f5
 class Generator(nn.Sequential):
@@ -312,7 +312,7 @@ def train_one_model(
     batches = training_batches(
         folder, n, config.batch_size, config.epochs, config.checkpoint_every, config.seed,
         {'gen': gen, 'critic': critic}, {'opt_g': opt_g, 'opt_c': opt_c}, on_checkpoint, guard,
-        config.log_every, rng, model_config)
+        config.log_every, rng, model_config, stop_epoch=config.stop_epoch)
     for step,indices in batches:
         terms = steps[per_generator_step or step%config.n_critic==0](indices)
         if step==1 or step%config.log_every==0:
@@ -352,6 +352,31 @@ def select_models(
     models.loc[is_small, 'reason'] = repeated
     return models[['view', 'pathology', 'n_train', 'n_test', 'trained', 'reason']]
 
+# %% ../../nbs/3_gans/36_wgan_gp.ipynb #ea5c703e
+def model_folder(
+    view:str, # AP or LAT
+    pathology:str, # One of `PATHOLOGIES`
+)->str:
+    "Name of the folder of a model"
+    return f'{view}__{pathology.replace(" ", "_")}'
+
+# %% ../../nbs/3_gans/36_wgan_gp.ipynb #e6bb04ae
+def only_named(
+    models:pd.DataFrame, # From `select_models`
+    names:tuple, # Folders of models; all if empty
+)->pd.DataFrame: # Rows of these models
+    "The models with some names; ValueError if there is no such model"
+    folders = pd.Series([model_folder(m.view, m.pathology) for m in models.itertuples()])
+    unknown = sorted(set(names)-set(folders))
+    if unknown: raise ValueError(
+        f'only_models: no model is called {", ".join(unknown)}; expected some of '
+        f'{", ".join(folders)}; fix: correct the name')
+    named = models[folders.isin(names).values] if names else models
+    for model in named[named.trained=='no'].itertuples():
+        if names: print(f'{model_folder(model.view, model.pathology)} is not trained: '
+                        f'{model.reason}')
+    return named
+
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #6c98258d
 def uncovered_pairs(
     models:pd.DataFrame, # From `select_models`
@@ -369,16 +394,20 @@ def interleave(
 ):
     "Run one step of each of the first trainers in turn; when one ends, the next one starts"
     waiting = deque(trainers)
-    active = []
-    while waiting or active:
-        while waiting and len(active)<n_parallel:
+    active, stopped = [], None
+    while active or waiting and not stopped:
+        while waiting and len(active)<n_parallel and not stopped:
             stream = torch.cuda.Stream(device) if device.type=='cuda' else None
             active.append((waiting.popleft(), stream))
         for entry in list(active):
             trainer,stream = entry
-            with torch.cuda.stream(stream) if stream else nullcontext(): step = next(trainer, None)
+            try:
+                with torch.cuda.stream(stream) if stream else nullcontext():
+                    step = next(trainer, None)
+            except TrainingStopped as e: step,stopped = None, e     # the others save, too
             if step is None: active.remove(entry)
             else: yield step
+    if stopped: raise stopped
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #1395a60f
 def saved_epochs(
@@ -389,7 +418,7 @@ def saved_epochs(
 )->dict[int,int]: # Epoch of each checkpoint to the epoch under which its images are saved
     "With fewer images than a batch, one step can pass two checkpoints: the later one is for both"
     epoch_at = checkpoint_steps(n, batch_size, epochs, checkpoint_every)
-    checkpoints = sorted({*range(0, epochs, checkpoint_every), epochs})
+    checkpoints = checkpoint_epochs(epochs, checkpoint_every)
     return {epoch: epoch_at[total_steps(n, batch_size, epoch)] for epoch in checkpoints}
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #da486e64
@@ -429,21 +458,21 @@ def _weights_config(config, train_images, test_pairs, validation_pairs):
     return {name: getattr(config, name) for name in hashed} | hashes
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #370e9993
-def _prepare_models(out, upright, pairs, test, is_validation, trained, config, device):
+def _prepare_models(out, upright, pairs, test, is_validation, trained, until, config, device):
     "Claim each model's folder: its checkpoints, a trainer of each model, and the number of steps"
     saved,trainers = {}, []
     n_steps = 0
     for model in trained.itertuples():
         def of_model(table):
             return ((table.view==model.view) & (table.pathology==model.pathology)).values
-        folder = out/f'{model.view}__{model.pathology.replace(" ", "_")}'
+        folder = out/model_folder(model.view, model.pathology)
         mine = of_model(pairs)
         train_images = upright[mine&~is_validation]
         test_pairs = test[of_model(test)]
         validation_pairs = pairs[mine&is_validation]
         length = len(train_images), config.batch_size, config.epochs
         run_config = _weights_config(config, train_images, test_pairs, validation_pairs)
-        n_steps += prepare_training(folder, run_config, *length)
+        n_steps += prepare_training(folder, run_config, *length, until)
         saved[folder] = saved_epochs(*length, config.checkpoint_every)
         trainers.append(train_one_model(folder, train_images, test_pairs, validation_pairs,
                                         upright[mine&is_validation], config, device))
@@ -459,7 +488,7 @@ def train_wgan_gp(
     config:WGANGPConfig=WGANGPConfig(), # Settings; the default is Table 4
     **kwargs, # Fields of `config` to change
 )->pd.DataFrame: # From `select_models`; also written to `models.csv`
-    "Train a WGAN-GP for each pathology and view, and generate images at its checkpoints"
+    "Train a WGAN-GP for each pathology and view; with `only_models` or `stop_epoch` a part of it"
     config = replace(config, **kwargs)
     if config.batch_reuse not in ('per_generator_step', 'per_update'): raise ValueError(
         f'unknown batch_reuse {config.batch_reuse!r}; '
@@ -470,17 +499,24 @@ def train_wgan_gp(
     is_validation = validation_mask(pairs, config.validation_fraction).values
     models = select_models(pairs[~is_validation], test, config.max_models, config.min_images,
                            config.batch_size)
-    trained = models[models.trained=='yes'].sort_values('n_train', ascending=False, kind='stable')
-    if not len(trained): raise ValueError(
+    if (models.trained=='no').all(): raise ValueError(
         f'no model to train (max_models={config.max_models}, min_images={config.min_images}): '
         'no pathology and view has both training images and test pairs')
+    trained = only_named(models, config.only_models).query("trained=='yes'")
+    trained = trained.sort_values('n_train', ascending=False, kind='stable')
+    is_part = bool(config.only_models) or config.stop_epoch>=0
+    until = end_epoch(config.epochs, config.checkpoint_every, config.stop_epoch)
 
-    with lock_training(out):
+    with ExitStack() as locks:
+        for model in trained.itertuples():
+            locks.enter_context(lock_training(out/model_folder(model.view, model.pathology)))
+        if not is_part: locks.enter_context(lock_training(out))
         saved,trainers,n_steps = _prepare_models(
-            out, upright, pairs, test, is_validation, trained, config, device)
+            out, upright, pairs, test, is_validation, trained, until, config, device)
         n_parallel = config.n_parallel or (4 if device.type=='cuda' else 1)
         steps = interleave(trainers, n_parallel, device)
         for _ in progress(steps, 'WGAN-GP', n_steps, config.max_minutes): pass
+        if is_part: return models
         for output in ('validation', 'samples'): merge_samples(out, saved, output)
         tables = {'uncovered_pairs': uncovered_pairs(models, test), 'models': models}
         for name,table in tables.items():

@@ -1,0 +1,218 @@
+"Trainings in parts: chains of jobs, SIGTERM, and locks that hold between nodes. Started as a script, this file trains until it gets SIGTERM"
+import errno, json, os, shutil, signal, subprocess, sys, threading, time
+from pathlib import Path
+import pytest
+from conftest import ROOT
+from kills import differing_files
+from elbowsynth import training
+from elbowsynth.gans import ac_gan, wgan_gp
+from elbowsynth.training import lock_training, stop_requested, TrainingStopped
+from test_gans import one_thread, TRAIN                             # noqa: F401
+import test_gans
+
+# ---- locks
+
+OTHER = {'host': 'node7', 'pid': 12, 'slurm_job': '345'}
+
+def locked_by(owner, folder, age=0):
+    "The lock file of a training folder, as another process has left or keeps it"
+    path = folder.with_name(f'.{folder.name}.lock')
+    path.write_text(json.dumps(owner))
+    os.utime(path, (time.time()-age,)*2)
+    return path
+
+def age_instead_of_sleeping(path, monkeypatch, then=lambda: None):
+    "In place of a pause the file becomes older"
+    slept = []
+    def sleep(seconds):
+        slept.append(seconds)
+        modified = path.stat().st_mtime-seconds
+        then()
+        if path.exists(): os.utime(path, (modified, modified))
+    monkeypatch.setattr(training.time, 'sleep', sleep)
+    return slept
+
+def test_a_lock_that_another_node_refreshes_is_held(tmp_path, monkeypatch):
+    path = locked_by(OTHER, tmp_path/'out', age=70)
+    monkeypatch.setattr(training.time, 'sleep', lambda seconds: os.utime(path))
+    with pytest.raises(RuntimeError, match=r'another process \(pid 12 on node7, Slurm job 345\) is training in .*out; .*fix: '):
+        with lock_training(tmp_path/'out'): pass
+    assert json.loads(path.read_text())==OTHER and [p.name for p in tmp_path.iterdir()]==['.out.lock']
+
+def test_a_lock_of_a_node_that_failed_is_taken_over(tmp_path, monkeypatch, capsys):
+    "After two minutes without a refresh, counted by the times of files"
+    path = locked_by(OTHER, tmp_path/'out', age=70)
+    slept = age_instead_of_sleeping(path, monkeypatch)
+    with lock_training(tmp_path/'out'): owner = json.loads(path.read_text())
+    assert (owner['host'], owner['pid'])==(training.socket.gethostname(), os.getpid())
+    assert 45<=sum(slept)<=60 and 'it is taken over' in capsys.readouterr().out
+    assert not path.exists()
+
+def test_of_two_nodes_that_take_over_a_lock_one_has_it(tmp_path, monkeypatch):
+    path = locked_by(OTHER, tmp_path/'out', age=3600)
+    third = OTHER | {'host': 'node8'}
+    monkeypatch.setattr(training.time, 'sleep', lambda seconds: path.write_text(json.dumps(third)))
+    with pytest.raises(RuntimeError, match='pid 12 on node8'):
+        with lock_training(tmp_path/'out'): pass
+    assert json.loads(path.read_text())==third
+
+def test_the_owner_of_another_node_ends_while_it_is_waited_for(tmp_path, monkeypatch):
+    path = locked_by(OTHER, tmp_path/'out')
+    age_instead_of_sleeping(path, monkeypatch, then=path.unlink)
+    with lock_training(tmp_path/'out'): assert json.loads(path.read_text())['pid']==os.getpid()
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    "The process that a lock file names must be dead"
+    def no_locks(*args): raise OSError(errno.ENOSYS, 'not supported')
+    monkeypatch.setattr(training.fcntl, 'flock', no_locks)
+    here = training.socket.gethostname()
+    path = locked_by({'host': here, 'pid': os.getppid(), 'slurm_job': ''}, tmp_path/'out')
+    with pytest.raises(RuntimeError, match=rf'\(pid {os.getppid()}\) is training in'):
+        with lock_training(tmp_path/'out'): pass
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    locked_by({'host': here, 'pid': dead.pid, 'slurm_job': ''}, tmp_path/'out')
+    with lock_training(tmp_path/'out'): pass
+    assert not path.exists()
+
+def wait_for(condition):
+    "At most ten seconds"
+    for _ in range(1000):
+        if condition(): return True
+        time.sleep(.01)
+
+def test_a_lock_is_refreshed_and_a_training_that_lost_it_ends(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, 'REFRESH_S', .01)
+    with pytest.raises(KeyboardInterrupt):
+        with lock_training(tmp_path/'out'):
+            path = tmp_path/'.out.lock'
+            os.utime(path, (0, 0))
+            assert wait_for(lambda: path.stat().st_mtime>0)
+            path.write_text(json.dumps(OTHER))
+            wait_for(lambda: False)
+    assert 'pid 12 on node7' in capsys.readouterr().out and json.loads(path.read_text())==OTHER
+
+# ---- GANs
+
+EPOCHS = (0, 2, 3) # Checkpoints of `train_quickly`
+
+def train_quickly(model, out, **settings): test_gans.train_quickly(model, out, batch_size=3, **settings)
+
+STEP = {'wgan_gp': (wgan_gp, 'wgan_step'), 'ac_gan': (ac_gan, 'conditional_gan_step'), 'tac_gan': (ac_gan, 'conditional_gan_step')}
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    "Each GAN, trained by one call"
+    top = tmp_path_factory.mktemp('uninterrupted')
+    for model in TRAIN: train_quickly(model, top/model)
+    return top
+
+@pytest.mark.parametrize('model', list(TRAIN))
+def test_a_chain_of_parts_ends_in_the_files_of_one_call(model, uninterrupted, tmp_path):
+    "Parts that are repeated do nothing"
+    for stop_epoch in (*EPOCHS, 2, 3, -1): train_quickly(model, tmp_path/'out', stop_epoch=stop_epoch)
+    assert differing_files(uninterrupted/model, tmp_path/'out')==[]
+
+def test_a_chain_for_each_wgan(uninterrupted, tmp_path):
+    "In another order than in one call; without merged images and tables before the closing call"
+    names = sorted(p.parent.name for p in (uninterrupted/'wgan_gp').glob('*/checkpoint.safetensors'))
+    assert len(names)==2
+    for stop_epoch in EPOCHS:
+        for name in names[::-1]: train_quickly('wgan_gp', tmp_path/'out', stop_epoch=stop_epoch, only_models=[name])
+    assert sorted(p.name for p in (tmp_path/'out').iterdir())==names
+    train_quickly('wgan_gp', tmp_path/'out')
+    assert differing_files(uninterrupted/'wgan_gp', tmp_path/'out')==[]
+
+def test_a_wgan_that_is_not_trained_says_why(tmp_path, capsys):
+    train_quickly('wgan_gp', tmp_path/'out', only_models=['LAT__radial_head_fracture'])
+    assert 'LAT__radial_head_fracture is not trained: no training images' in capsys.readouterr().out
+    assert not (tmp_path/'out').exists()
+    with pytest.raises(ValueError, match="only_models: no model is called AP__x; expected some of AP__"):
+        train_quickly('wgan_gp', tmp_path/'out', only_models=['AP__x'])
+
+@pytest.mark.parametrize('model', list(TRAIN))
+def test_an_epoch_that_is_not_a_checkpoint_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match='stop_epoch is 1, .* expected one of 0, 2, 3'):
+        train_quickly(model, tmp_path/'out', stop_epoch=1)
+    assert list(tmp_path.iterdir())==[]
+
+def test_parts_of_two_models_at_once_but_not_of_one(uninterrupted, tmp_path):
+    names = sorted(p.parent.name for p in (uninterrupted/'wgan_gp').glob('*/checkpoint.safetensors'))
+    out = tmp_path/'out'
+    with lock_training(out/names[0]):
+        train_quickly('wgan_gp', out, only_models=names[1:])
+        for only_models in (names[:1], []):
+            with pytest.raises(RuntimeError, match=f'is training in .*{names[0]}'):
+                train_quickly('wgan_gp', out, only_models=only_models)
+    train_quickly('wgan_gp', out)
+    assert differing_files(uninterrupted/'wgan_gp', out)==[]
+
+def signal_at(step, model, monkeypatch):
+    "SIGTERM in the middle of a training step"
+    assert threading.current_thread() is threading.main_thread(), 'SIGTERM would end the tests'
+    module, name = STEP[model]
+    train_step, calls = getattr(module, name), []
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls)==step: signal.raise_signal(signal.SIGTERM)
+        return train_step(*args, **kwargs)
+    monkeypatch.setattr(module, name, interrupted)
+
+@pytest.mark.parametrize('step', [1, 3, 5])
+@pytest.mark.parametrize('model', list(TRAIN))
+def test_sigterm_saves_and_the_same_command_ends_in_the_same_files(model, step, uninterrupted, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        signal_at(step, model, patch)
+        with pytest.raises(TrainingStopped, match=r'stopped at step \d of \d by SIGTERM; the same command goes on'):
+            train_quickly(model, tmp_path/'out')
+    assert signal.getsignal(signal.SIGTERM) is before and not stop_requested()
+    assert list(tmp_path.glob('.*'))==[]                            # no lock is left
+    train_quickly(model, tmp_path/'out')
+    assert differing_files(uninterrupted/model, tmp_path/'out')==[]
+
+def test_sigterm_stops_all_models_that_are_trained_in_turns(uninterrupted, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at(2, 'wgan_gp', patch)
+        with pytest.raises(TrainingStopped): train_quickly('wgan_gp', tmp_path/'out', n_parallel=2)
+    steps = [json.loads(p.read_text().splitlines()[-1])['step'] for p in (tmp_path/'out').glob('*/log.jsonl')]
+    assert len(list((tmp_path/'out').glob('*/checkpoint.safetensors')))==2 and len(steps)==2
+    train_quickly('wgan_gp', tmp_path/'out')
+    ignored = 'rng/cpu'                                             # what they share
+    assert differing_files(uninterrupted/'wgan_gp', tmp_path/'out', [ignored])==[]
+
+def train_until_sigterm(model, out):
+    "What the script does: in the second step it waits for the signal"
+    module, name = STEP[model]
+    train_step, calls = getattr(module, name), []
+    def waiting(*args, **kwargs):
+        calls.append(1)
+        if len(calls)==2: print('second step', flush=True)
+        while len(calls)==2 and not stop_requested(): time.sleep(.01)
+        return train_step(*args, **kwargs)
+    setattr(module, name, waiting)
+    train_quickly(model, Path(out))
+
+def signal_script(*args):
+    "Start this file as a script, send SIGTERM when it says so, and return its last words"
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT/'tests')])}
+    process = subprocess.Popen([sys.executable, __file__, *map(str, args)], stdout=subprocess.PIPE, text=True, env=env)
+    for line in process.stdout:
+        if line=='second step\n': break
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode==75, said
+    return said
+
+def test_sigterm_from_outside(uninterrupted, tmp_path):
+    said = signal_script('train_until_sigterm', 'ac_gan', tmp_path/'out')
+    assert 'out: stopped at step 2 of 8 by SIGTERM' in said
+    train_quickly('ac_gan', tmp_path/'out')
+    assert differing_files(uninterrupted/'ac_gan', tmp_path/'out')==[]
+
+if __name__=='__main__':
+    training.torch.set_num_threads(1)
+    try: globals()[sys.argv[1]](*sys.argv[2:])
+    except TrainingStopped as e:
+        print(e)
+        sys.exit(75)
