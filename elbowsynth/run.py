@@ -559,13 +559,13 @@ def summarize(
     return 0
 
 # %% ../nbs/9_run/90_run.ipynb #47559df8
-def _write_plan(folder, jobs, data_dir, cores):
+def _write_plan(folder, jobs, data_dir, cores, profile='', settings=()):
     "Write `plan.json` for Snakemake and the stages; refuse a folder with results of other data"
     claim_data(folder, data_dir)
     data_hash = folder_state(data_dir) if data_dir else ''
     contents = {
         'jobs': [asdict(j) for j in jobs], 'data_dir': data_dir, 'data_hash': data_hash,
-        'cores': cores}
+        'cores': cores, 'profile': profile, 'settings': list(settings)}
     text = json.dumps(contents, indent=1)               # exactly, not rounded as in save_json
     with atomic_write(folder/'plan.json') as part: part.write_text(text)
 
@@ -595,7 +595,7 @@ def study(
     folder, jobs = plan(profile, data, run, settings, targets)
     data_dir = str(Path(data).expanduser().resolve()) if data else ''
     lock = acquire_lock(top/folder/'.lock')
-    _write_plan(top/folder, jobs, data_dir, cores)
+    _write_plan(top/folder, jobs, data_dir, cores, profile, settings)
     os.environ['ELBOWSYNTH_STARTED'] = str(time.time())
     os.environ['ELBOWSYNTH_PARENT_PID'] = str(os.getpid())
     os.environ['ELBOWSYNTH_LOG_EVERY_S'] = '2' if sys.stderr.isatty() else '15'

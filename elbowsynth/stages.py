@@ -450,8 +450,8 @@ def _stop_if_finished(stage, run_dir, values, typed):
         f'{stage.name} is finished in {values["run"]}/{values["out"]}. Nothing was run or changed'
         + ('; above are the results of that run.' if show else '.')
         + (f'\nIt ran with other values: {"; ".join(other)}.' if other else '')
-        + f'\nTo run it here, type another folder for its results above this cell, as in '
-          f'out = "{values["out"]}_2", and run from there.')
+        + f'\nTo run it again, type out = "{values["out"]}_2" in the parameters cell, then choose '
+          'Run Selected Cell and All Below there.')
 
 # %% ../nbs/0_core/01_stages.ipynb #25993ebf
 def _say_how_to_resume():
@@ -462,7 +462,7 @@ def _say_how_to_resume():
     def show_interruption(shell, kind, error, traceback, tb_offset=None):
         print('Interrupted. Finished files and checkpoints are kept. To go on, run this cell again '
               '(a training resumes from its last checkpoint); after a restart of the kernel, run '
-              'the notebook from its top.')
+              'the section Run again.')
     shell.set_custom_exc((KeyboardInterrupt,), show_interruption)
 
 # %% ../nbs/0_core/01_stages.ipynb #d102e1b1

@@ -23,7 +23,7 @@ def colored_overlay(
     is_colored = chroma>.15*white
     if not .2>is_colored.mean()>0: return np.zeros_like(is_colored)
 
-    # JPEG halves the resolution of color: a thin letter of a line has less than its neighbors.
+    # JPEG halves the resolution of color, so thin letters are paler than thick ones
     is_pale = (chroma>.04*white).astype(np.uint8)
     if is_pale.mean()>=.1: return is_colored
     reach = 2*(max(image.shape)//90)+1
@@ -175,12 +175,12 @@ def _lead_pieces(small_image, covered, text_height):
     is_lead = (top_hat>80) & (small_image>=max(170, np.quantile(small_image[::4, ::4], .97)))
     wholes, whole_boxes = cv2.connectedComponentsWithStats(is_lead.astype(np.uint8))[1:3]
     whole_size = np.maximum(whole_boxes[:, 2], whole_boxes[:, 3])
-    is_marker = (whole_size<=.12*side) & (whole_size>=text_height)  # no frame, no bone, no crumb
+    is_marker = (whole_size<=.12*side) & (whole_size>=text_height)  # larger: frame or bone; smaller: noise
     components = cv2.connectedComponentsWithStats((is_lead & ~covered).astype(np.uint8))
     labels, boxes = components[1:3]
     l,t,w,h,_ = boxes.T
     long, narrow = np.maximum(w, h), np.minimum(w, h)
-    is_piece = (long>=.012*side) & (long<=.09*side) & (narrow>=np.maximum(2, long/6)) # no line
+    is_piece = (long>=.012*side) & (long<=.09*side) & (narrow>=np.maximum(2, long/6)) # no thin line
     is_piece &= (l>0) & (t>0) & (l+w<small_image.shape[1]) & (t+h<len(small_image))
     is_piece &= np.isin(np.arange(len(boxes)), np.unique(labels[is_marker[wholes]]))
     is_piece[0] = False
@@ -203,7 +203,7 @@ def torn_markers(
     heights = cv2.connectedComponentsWithStats(found.astype(np.uint8))[2][1:, 3]
     letter_heights = heights[(heights>=5) & (heights<=.036*max(found.shape))]
     text_height = np.median(letter_heights) if len(letter_heights) else 0
-    without_text = small_image.copy()  # air between letters is no piece
+    without_text = small_image.copy()  # so that gaps between letters are no pieces
     _inpaint(without_text, covered)
     rest = np.zeros(found.shape, np.uint8)
     for polarity in (without_text, 255-without_text):
@@ -257,7 +257,7 @@ def paint_over(
 def remove_overlay(
     image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16
 )->tuple: # The image without overlay, same shape and type, and a bool mask of what was inpainted
-    "Inpaint burned-in text and rulers, white, black or colored; lead letters are kept"
+    "Inpaint burned-in text and rulers, white, black or colored; lead letters are kept, unless text crosses them"
     overlay = find_overlay(image)[0]
     return paint_over(image, overlay), overlay
 

@@ -144,7 +144,7 @@ def batch_loss(
     mask = batch.latent_mask.to(target)
     unmasked_weight = config.unmasked_weight if config.mask_weighted_loss else 1.
     losses = masked_mse(model_pred, target, mask, unmasked_weight)
-    if config.normalize_masked_area_loss:   # here, since it also applies to a plain loss
+    if config.normalize_masked_area_loss:   # the plain loss is divided by it, too
         losses = losses/mask.clamp(config.unmasked_weight, 1).mean((1, 2, 3))
     squared_error = (model_pred.detach().to(target)-target).square().mean(1, keepdim=True)
     sums = [squared_error*mask, mask, squared_error*(1-mask), 1-mask]

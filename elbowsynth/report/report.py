@@ -6,12 +6,13 @@
 __all__ = ['NOT_SCORED', 'COPY_DISTANCE', 'MAX_FINDINGS', 'GUIDES', 'OTHER_ALTERNATIVES', 'REGION_COLUMNS', 'STYLE', 'TEXT_STYLE',
            'FIRST_SCREEN_STYLE', 'FIGURE_STYLE', 'PHONE_AND_PRINT', 'MACROS', 'FIRST_SCREEN', 'BESIDE', 'BELOW', 'END',
            'UNBROKEN', 'SECTIONS', 'RUN_FILES', 'SAMPLES_NOTE', 'Evidence', 'read_evidence', 'Finding', 'join_names',
-           'format_change', 'count_text', 'position', 'model_score', 'baseline_score', 'epoch_text', 'is_better_inside',
-           'inside_mask_sentence', 'baseline_finding', 'unrelated_real_finding', 'boost_finding', 'masks_finding',
-           'preprocessing_finding', 'comparison_finding', 'copies_finding', 'findings', 'training_size_warnings',
-           'coverage_warnings', 'warnings', 'Step', 'next_steps', 'stage_times', 'when_text', 'data_text', 'what_text',
-           'code_text_of_run', 'machine_text', 'curve_text', 'alternative_text', 'embedded_figure', 'report_models',
-           'table_rows', 'keep_together', 'markdown_to_html', 'render_page', 'report_page', 'write_page']
+           'format_change', 'count_text', 'position', 'model_score', 'baseline_score', 'epoch_text', 'regions_clause',
+           'inside_mask_sentence', 'resolution_sentence', 'baseline_finding', 'unrelated_real_finding', 'boost_finding',
+           'masks_finding', 'preprocessing_finding', 'comparison_finding', 'copies_finding', 'findings',
+           'training_size_warnings', 'coverage_warnings', 'warnings', 'Step', 'seed_commands', 'next_steps',
+           'stage_times', 'when_text', 'data_text', 'what_text', 'code_text_of_run', 'machine_text', 'curve_text',
+           'alternative_text', 'embedded_figure', 'report_models', 'table_rows', 'keep_together', 'markdown_to_html',
+           'render_page', 'report_page', 'write_page']
 
 # %% ../../nbs/6_report/84_report.ipynb #25c88b1c
 import base64, json, os, platform, re, subprocess
@@ -201,20 +202,28 @@ def _mmd_sentence(comparison, task, names):
             f'({best.baseline_score:.3f}) is better than the best checkpoint of {models}.')
 
 # %% ../../nbs/6_report/84_report.ipynb #53c02450
-def _inside_tests(tests, baseline):
-    "Tests of models and a baseline inside the mask, with intervals"
+def _region_tests(tests, baseline, region):
+    "Tests of models and a baseline in a region of the mask, with intervals"
     if not len(tests): return tests
-    return tests[(tests.model_b==baseline) & (tests.region=='inside')
+    return tests[(tests.model_b==baseline) & (tests.region==region)
                  & (tests.metric=='ssim_full') & tests.ci_low.notna()]
 
-def is_better_inside(
+def regions_clause(
     tests:pd.DataFrame, # As in `significance_tests.csv`
     baseline:str, # As in `baseline_comparison.csv`
-    models:list[str], # Folders of models
-)->bool:
-    "Whether all models are clearly better than a baseline inside the mask"
-    t = _inside_tests(tests, baseline)
-    return len(t)>0 and set(models)<=set(t.model_a[t.ci_low>0])
+    shown:dict[str,int], # Model to the epoch of its score in the sentence before
+    changes:pd.DataFrame, # As returned by `checkpoint_changes`
+)->str: # Empty unless all models are clearly better inside the mask
+    "Where in the image models are better than a baseline, and where they are worse"
+    inside, boundary = [_region_tests(tests, baseline, r) for r in ('inside', 'boundary')]
+    if not len(inside) or not set(shown)<=set(inside.model_a[inside.ci_low>0]): return ''
+    text = f'; inside the mask {"it is" if len(shown)==1 else "they are"} better'
+    if len(boundary) and set(shown)<=set(boundary.model_a[boundary.ci_high<0]):
+        text += ', at its boundary worse'
+    tested = {o.model_a: o.epoch_a for o in inside.itertuples() if o.model_a in shown}
+    if tested==shown: return text
+    epochs = dict.fromkeys(epoch_text(m, e, changes) for m,e in tested.items())
+    return f'{text} ({", ".join(epochs)})'
 
 def inside_mask_sentence(
     tests:pd.DataFrame, # As in `significance_tests.csv`
@@ -223,13 +232,29 @@ def inside_mask_sentence(
     names:dict, # Model to name
 )->str: # Empty if there is no such test
     "Paired differences to a baseline inside the mask, where no pixel is copied"
-    t = _inside_tests(tests, baseline)
+    t = _region_tests(tests, baseline, 'inside')
     if not len(t): return ''
     listed = [f'{names.get(o.model_a, o.model_a)} '
               f'{format_change(o.difference, o.ci_low, o.ci_high)} '
               f'({epoch_text(o.model_a, o.epoch_a, changes)})' for o in t.itertuples()]
-    return (' Most of such an image is copied; inside the mask the difference in SSIM to '
+    return (' Most of such an image is the original; inside the mask the difference in SSIM to '
             f'{reference_name(baseline)} is: {", ".join(listed)}.')
+
+# %% ../../nbs/6_report/84_report.ipynb #22f08b07
+def resolution_sentence(
+    models:list[str], # Folders of inpainting models
+    sizes:dict[str,int], # Model to the side of its images; `metrics` to that of scoring, in pixels
+    names:dict, # Model to name
+)->str: # Empty if all images are scored at their own size
+    "That the images of models are enlarged before they are scored, and those of baselines are not"
+    scored = sizes.get('metrics', 0)
+    small = {m: sizes[m] for m in models if sizes.get(m, scored)<scored}
+    if not small: return ''
+    listed = join_names([names.get(m, m) for m in small])
+    sides = join_names([str(n) for n in dict.fromkeys(small.values())])
+    return (f' Images of {listed} have {sides} pixels and are enlarged to {scored} for scoring, '
+            'outside the mask, too; those of the baseline are not, so a part of the difference is '
+            'resolution.')
 
 # %% ../../nbs/6_report/84_report.ipynb #79337e89
 def baseline_finding(
@@ -239,6 +264,7 @@ def baseline_finding(
     intervals:pd.DataFrame, # As in `confidence_intervals.csv`
     tests:pd.DataFrame, # As in `significance_tests.csv`
     names:dict, # Model to name
+    sizes:dict=None, # Model to the side of its images; with 'metrics', at which they are scored
 )->Finding|None:
     "Whether the models of a task are better than the best baseline that learns nothing"
     if not len(comparison): return None
@@ -249,11 +275,11 @@ def baseline_finding(
     if task=='inpainting':
         baseline = next(iter(found.values()))['baseline']
         detail += inside_mask_sentence(tests, baseline, changes, names)
-        they = 'it is' if len(found)==1 else 'they are'
         all_above = all(position(o['score'], o['baseline_score'])=='above'
                         for o in found.values())
-        if not all_above and is_better_inside(tests, baseline, list(found)):
-            title += f'; inside the mask {they} better'
+        epochs = {model: o['epoch'] for model, o in found.items()}
+        if not all_above: title += regions_clause(tests, baseline, epochs, changes)
+        detail += resolution_sentence(found, sizes or {}, names)
     own = changes[changes.model.isin(found) & (changes.phase=='training')]
     moved = [f'{names.get(o.model, o.model)} {format_change(o.difference, o.ci_low, o.ci_high)}'
              for o in own.itertuples()]
@@ -330,8 +356,11 @@ def preprocessing_finding(
     if counts['n_overlay']:
         detail += (' No person has looked at what was painted over: a letter may remain, and '
                    'painted pixels are part of the images that models are trained on.')
-    return Finding(f'Preprocessing painted over text or markings in {counts["n_overlay"]} of '
-                   f'{counts["n_images"]} images', detail, 'data')
+    title = 'Preprocessing changed or rejected images'
+    if counts['n_overlay']:
+        title = (f'Preprocessing painted over text or markings in {counts["n_overlay"]} of '
+                 f'{counts["n_images"]} images')
+    return Finding(title, detail, 'data')
 
 # %% ../../nbs/6_report/84_report.ipynb #f13d888d
 def _comparison_title(tests, n_seeds, names):
@@ -399,8 +428,11 @@ def findings(
     comparison = evidence.table('baseline_comparison')
     intervals = evidence.table('confidence_intervals')
     inpainting_models = evidence.metrics_info['inpainting_models']
+    values = evidence.facts['values']
+    sizes = {stage: values[stage].get('size', 0) for stage in (*inpainting_models, 'metrics')
+             if stage in values}
     found = [
-        baseline_finding('inpainting', comparison, changes, intervals, tests, names),
+        baseline_finding('inpainting', comparison, changes, intervals, tests, names, sizes),
         baseline_finding('full image', comparison, changes, intervals, tests, names),
         copies_finding(evidence.figure_table('nearest'), names, inpainting_models),
         unrelated_real_finding(tests, names),
@@ -524,13 +556,28 @@ def _data_steps(evidence):
                           link=GUIDES['masks'], label='masks from annotations'))
     return steps
 
+# %% ../../nbs/6_report/84_report.ipynb #e4397694
+def seed_commands(
+    evidence:Evidence, # As returned by `read_evidence`
+)->str: # A line for each command
+    "The commands that train the models of a run from two more seeds and join the three runs"
+    facts, models = evidence.facts, evidence.metrics_info['models']
+    command = f'make study PROFILE={facts.get("profile") or "demo"}'
+    if not is_simulated(facts['values']): command += ' DATA=FOLDER'
+    run, settings = facts['run'], facts.get('settings', [])
+    lines = []
+    for seed in (1, 2):
+        seeds = ' '.join([*settings, *[f'{model}.seed={seed}' for model in models]])
+        lines.append(f'{command} RUN={run}-{seed} SET="{seeds}"')
+    runs = ' '.join([*settings, f'figures.runs=[_runs/{run}-1, _runs/{run}-2]'])
+    return '\n'.join([*lines, f'{command} RUN={run} SET="{runs}"'])
+
 # %% ../../nbs/6_report/84_report.ipynb #87d2ff82
 def next_steps(
     evidence:Evidence, # As returned by `read_evidence`
 )->list[Step]: # At most five
     "What would make the results of a run say more"
     values, info = evidence.facts['values'], evidence.metrics_info
-    run = evidence.facts['run']
     steps = _data_steps(evidence)
     seeds = evidence.figure_table('seeds')
     if is_simulated(values):
@@ -541,9 +588,8 @@ def next_steps(
                           'make study PROFILE=paper DATA=FOLDER', GUIDES['cluster'],
                           'running on a cluster'))
     if len(seeds) and seeds.n_seeds.min()<3:
-        other_seed = ' '.join(f'{model}.seed=1' for model in info['models'])
-        steps.append(Step('Train each model from two more seeds, on the same images.',
-                          f'make study RUN={run}-1 SET="{other_seed}"', GUIDES['claims'],
+        steps.append(Step('Train each model from two more seeds, on the same images, and join '
+                          'the runs.', seed_commands(evidence), GUIDES['claims'],
                           'what would decide each claim'))
     return steps[:5]
 
@@ -1007,7 +1053,7 @@ BESIDE = """
 <ul>{% for w in warnings %}<li>{{ w|keep }}</li>{% endfor %}</ul></section>{% endif %}
 {% if steps %}<section class="next" aria-labelledby="next"><h2 id="next">What to do next</h2>
 <ul>{% for s in steps %}<li>{{ s.text }}
-{%- if s.command %} <code>{{ s.command }}</code>{% endif %}
+{%- for c in s.command.splitlines() %} <code>{{ c }}</code>{% endfor %}
 {%- if s.link %} See <a href="{{ s.link }}">{{ s.label }}</a>.{% elif s.label %} See
 {{ s.label }}.{% endif %}</li>
 {% endfor %}</ul></section>{% endif %}
@@ -1125,6 +1171,7 @@ def _data_parts(run, evidence, images):
 RUN_FILES = {
     'metrics/summary.csv': 'scores of each checkpoint',
     'metrics/scores.csv': 'scores of each pair',
+    'metrics/best_checkpoints.csv': 'best scores of each model (Table 1)',
     'metrics/baseline_comparison.csv': 'best checkpoints beside baselines that learn nothing',
     'metrics/confidence_intervals.csv': 'intervals over patients',
     'metrics/significance_tests.csv': 'paired comparisons',

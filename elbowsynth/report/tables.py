@@ -195,9 +195,10 @@ def shorten_path(
 # %% ../../nbs/6_report/82_tables.ipynb #59b491b9
 def run_facts(
     run:Path, # Folder of the run
-)->dict: # run, counts, classes, values, seconds, versions, masks, preprocessing
+)->dict: # run, profile, settings, counts, classes, values, seconds, versions, masks, preprocessing
     "What a run was: numbers of pairs, images, patients and masks, settings, times"
     run = Path(run)
+    plan = read_stage_file(run/'plan.json', run.name) if (run/'plan.json').is_file() else {}
     pairs = read_pairs(run/'split')
     counts = {}
     for subset, t in pairs.groupby('split'):
@@ -214,7 +215,9 @@ def run_facts(
         if duration is not None and path.stem in values: seconds[path.stem] = duration
     versions = stage_files[0]['versions'] if stage_files else {}
     images = run/values.get('preprocess', {}).get('out', 'images')
-    return {'run': run.name, 'counts': counts, 'classes': classes, 'values': values,
+    return {'run': run.name, 'profile': plan.get('profile', ''),
+            'settings': plan.get('settings', []),
+            'counts': counts, 'classes': classes, 'values': values,
             'seconds': seconds, 'versions': versions, 'masks': mask_counts(pairs),
             'preprocessing': preprocessing_counts(images)}
 
