@@ -6,10 +6,10 @@
 __all__ = ['CHECKSUMS', 'REFRESH_S', 'STALE_S', 'TAKEOVER_S', 'get_device', 'configure_device', 'to_tensor', 'to_uint8',
            'batch_indices', 'checkpoint_epochs', 'last_epoch', 'checkpoint_steps', 'JsonlLogger', 'read_log',
            'DamagedFile', 'save_tensors', 'load_tensors', 'previous_checkpoint', 'TrainingDiverged', 'first_nonfinite',
-           'verify_checkpoint', 'restore_checkpoint', 'raise_diverged', 'save_checkpoint', 'check_names',
+           'verify_checkpoint', 'restore_checkpoint', 'raise_diverged', 'keep_as', 'save_checkpoint', 'check_names',
            'load_checkpoint', 'NanGuard', 'all_finite', 'TrainingStopped', 'stop_requested', 'stopped_message',
            'stop_if_requested', 'stop_on_sigterm', 'stop_at_once', 'remove_leftovers', 'lock_training',
-           'claim_training_dir', 'print_start', 'save_samples', 'lr_factor', 'EMA']
+           'setting_changes', 'claim_training_dir', 'print_start', 'save_samples', 'lr_factor', 'EMA']
 
 # %% ../nbs/0_core/04_training.ipynb #b2d30c78
 import _thread, contextlib, ctypes, fcntl, json, os, shutil, signal, socket, sys, tempfile
@@ -323,9 +323,12 @@ def raise_diverged(
         f'{checkpoint.parent.name}-previous-1')
 
 # %% ../nbs/0_core/04_training.ipynb #0b71b8b7
-def _keep_as_previous(path):
-    "Make a checkpoint the previous one, too; a kill at any moment loses neither"
-    with atomic_write(previous_checkpoint(path)) as part:
+def keep_as(
+    path:Path, # A file that is replaced, never changed
+    name:Path, # Another name for its contents
+):
+    "Give a file a second name, under which it stays when it is replaced; atomic"
+    with atomic_write(name) as part:
         try: os.link(path, part)
         except OSError: shutil.copyfile(path, part)             # no hard links on this file system
 
@@ -345,7 +348,7 @@ def save_checkpoint(
     if nonfinite: raise_diverged(path, state.get('step'), f'{nonfinite} is NaN or infinite')
     with atomic_write(path) as part:
         save_tensors(part, tensors | _rng_states(generator), state | other_values)
-        if keep_previous and path.exists(): _keep_as_previous(path)
+        if keep_previous and path.exists(): keep_as(path, previous_checkpoint(path))
 
 # %% ../nbs/0_core/04_training.ipynb #87cec0d4
 def _tensors_below(tensors, prefix):
@@ -635,8 +638,11 @@ def lock_training(
             if _names_this_process(path): path.unlink()
 
 # %% ../nbs/0_core/04_training.ipynb #59c1b0e2
-def _setting_changes(folder, config):
-    "Texts such as `lr was 1e-05, is 0.0001`; raises `DamagedFile` if `config.json` is unreadable"
+def setting_changes(
+    folder:Path, # Folder of a training
+    config:dict, # Settings
+)->list[str]: # Such as `lr was 1e-05, is 0.0001`
+    "How settings differ from `config.json`; raises `DamagedFile` if it is unreadable"
     path = Path(folder)/'config.json'
     if not path.is_file(): return []
     try: before = json.loads(path.read_text())
@@ -659,7 +665,7 @@ def claim_training_dir(
 )->str: # Why a training starts from zero, if it does; empty if the settings are the same
     "Reserve a folder by `claim_run_dir`, and say which settings have changed"
     folder = Path(folder)
-    try: changes = _setting_changes(folder, config)
+    try: changes = setting_changes(folder, config)
     except DamagedFile as e:
         _set_aside(folder, e)
         changes = ['its config.json was damaged']

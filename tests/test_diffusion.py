@@ -83,7 +83,7 @@ def test_stage_has_the_defaults_of_its_trainer(model, stage):
     options = asdict(CONFIGS[model])
     shared = cell.keys() & options.keys()-{'max_minutes'}
     assert {k: cell[k] for k in shared} == {k: options[k] for k in shared}
-    assert set(cell)-set(options) == {'run', 'split', 'masks', 'images', 'out', 'size', 'options'}
+    assert set(cell)-set(options) == {'run', 'split', 'masks', 'images', 'out', 'size', 'options', 'n_gpus'}
     assert cell['size'] == 1024 and cell['options'] == {}
     assert {'lr', 'epochs', 'batch_size', 'recipe', 'base_model', 'seed', 'device'} <= shared
 
@@ -578,7 +578,8 @@ FLUX_EFFECTS = {'timestep_offset': (.01, {}), 'max_sequence_length': (20, {}), '
                 'loss_weight_fn': ('sigma', {}), 'text_encoder_2': ('frozen', {})}
 # What changes other files than the checkpoints, or nothing; `soft_mask` needs masks that are not binary
 NO_EFFECT = {'model', 'recipe', 'soft_mask', 'checkpoint_every', 'fused_back_pass', 'output_dtype', 'gradient_checkpointing',
-             'cache_latents', 'fsdp', 'device', 'max_minutes', 'n_validation', 'num_inference_steps', 'sample_batch_size'}
+             'cache_latents', 'fsdp', 'device', 'max_minutes', 'n_validation', 'num_inference_steps', 'sample_batch_size',
+             'stop_epoch', 'sample_epoch'}                          # of parts: test_parts.py
 
 def test_each_option_is_tried():
     assert EFFECTS.keys() | FLUX_EFFECTS.keys() | NO_EFFECT == {f.name for f in fields(FineTuneConfig)}

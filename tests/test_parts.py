@@ -7,8 +7,13 @@ from kills import differing_files
 from elbowsynth import training
 from elbowsynth.gans import ac_gan, wgan_gp
 from elbowsynth.training import lock_training, stop_requested, TrainingStopped
-from test_gans import one_thread, TRAIN                             # noqa: F401
 import test_gans
+from test_gans import one_thread, TRAIN                             # noqa: F401
+if __name__!='__main__':
+    import test_diffusion
+    from elbowsynth.diffusion import finetune
+    from elbowsynth.diffusion.sdxl import train_sdxl
+    from test_diffusion import PAIRS, QUICK_SDXL, TOY, toy_tune
 
 # ---- locks
 
@@ -209,6 +214,118 @@ def test_sigterm_from_outside(uninterrupted, tmp_path):
     assert 'out: stopped at step 2 of 8 by SIGTERM' in said
     train_quickly('ac_gan', tmp_path/'out')
     assert differing_files(uninterrupted/'ac_gan', tmp_path/'out')==[]
+
+# ---- inpainting models
+
+CHECKPOINTS = (0, 1, 2, 3) # Of `toy_tune`, the last one boosted
+
+@pytest.fixture(scope='module')
+def tuned(tmp_path_factory):
+    "The toy of two numbers, trained and sampled by one call"
+    return toy_tune(tmp_path_factory.mktemp('tuned')/'run'/'out')
+
+def same_files(a, b): return differing_files(a.parent, b.parent)==[]
+
+@pytest.mark.parametrize('order', [
+    'train0 sample0 train1 sample1 train2 sample2 train3 sample3',      # one after the other
+    'train1 train2 train3 sample3 sample1 sample0 sample2',             # training is far ahead
+    'train3 sample2 sample3 train3 sample2 sample0 sample1',            # one job, and repetitions
+    'train1 sample0 train1 train2 sample2 train3',                      # the last call does the rest
+    'train2'])
+def test_a_chain_with_jobs_that_sample_ends_in_the_files_of_one_call(order, tuned, tmp_path):
+    out, sampled = tmp_path/'run'/'out', set()
+    for job in order.split():
+        kind, epoch = job[:-1], int(job[-1])
+        toy_tune(out, **{'train': dict(stop_epoch=epoch), 'sample': dict(sample_epoch=epoch)}[kind])
+        if kind=='sample': sampled.add(f'{epoch:04d}')
+        assert {p.name for p in out.glob('samples/*')}==sampled
+    toy_tune(out)
+    assert same_files(tuned, out) and not (out/'checkpoints').exists()
+
+def test_sampling_while_the_training_goes_on(tuned, tmp_path):
+    "A job that samples has its own lock, and a job that trains leaves its temporary files alone"
+    out = tmp_path/'run'/'out'
+    toy_tune(out, stop_epoch=1)
+    with lock_training(out, ('samples', 'raw', 'checkpoints')):
+        toy_tune(out, sample_epoch=1)
+        with pytest.raises(RuntimeError, match='is training in .*out; '): toy_tune(out, stop_epoch=2)
+    unfinished = out/'raw'/'.0000'/'.part-a.png'
+    unfinished.parent.mkdir()
+    unfinished.touch()
+    with lock_training(out/'checkpoints'/'0000'):
+        toy_tune(out, stop_epoch=2)
+        assert unfinished.exists()
+        for options in (dict(sample_epoch=0), {}):                  # the closing job waits for all
+            with pytest.raises(RuntimeError, match='is training in .*0000; '): toy_tune(out, **options)
+    toy_tune(out)
+    assert same_files(tuned, out)
+
+def files_of(folder): return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+def test_sampling_needs_the_weights_and_settings_of_the_training(tmp_path, capsys):
+    out = tmp_path/'run'/'out'
+    with pytest.raises(FileNotFoundError, match='config.json is missing; the stage `sdxl`'): toy_tune(out, sample_epoch=0)
+    assert not out.exists()
+    toy_tune(out, stop_epoch=1)
+    before = files_of(tmp_path)
+    for options, message in ((dict(sample_epoch=2), 'up to step 3; expected step 6, epoch 2; fix: run its job with stop_epoch=2'),
+                             (dict(sample_epoch=5), 'expected one of 0, 1, 2, 3'), (dict(stop_epoch=5), 'expected one of 0, 1, 2, 3'),
+                             (dict(sample_epoch=1, lr=.2), 'other settings: lr was 0.1, is 0.2'),
+                             (dict(sample_epoch=1, num_inference_steps=3), 'num_inference_steps was 50, is 3')):
+        with pytest.raises(ValueError, match=message): toy_tune(out, **options)
+    assert files_of(tmp_path)==before and capsys.readouterr().out.count('starts at')==1
+    toy_tune(out, sample_epoch=1)
+    shutil.rmtree(out/'samples'/'0001')
+    toy_tune(out, sample_epoch=1)                                   # from the file to resume from? no: said
+    assert 'the weights of epoch 1 are no longer kept' in capsys.readouterr().out
+
+def test_without_hard_links_weights_are_copied(tuned, tmp_path, monkeypatch):
+    def no_links(*args): raise OSError(errno.EPERM, 'not supported')
+    monkeypatch.setattr(os, 'link', no_links)
+    for stop_epoch in (2, 3, -1): toy_tune(tmp_path/'run'/'out', stop_epoch=stop_epoch)
+    assert same_files(tuned, tmp_path/'run'/'out')
+
+@pytest.mark.parametrize('parts', [[{}], [dict(stop_epoch=1), dict(stop_epoch=3), dict(sample_epoch=1), {}]], ids=['whole', 'parts'])
+@pytest.mark.parametrize('step', [1, 3, 5, 9])
+def test_sigterm_saves_a_fine_tuning(step, parts, tuned, tmp_path, monkeypatch):
+    "In the middle of a step, at a checkpoint, in a boosted epoch"
+    out, steps = tmp_path/'run'/'out', []
+    next_batch = finetune.next_batch
+    def interrupted(run, *args):
+        steps.append(run.step)
+        if len(steps)==step: signal.raise_signal(signal.SIGTERM)
+        return next_batch(run, *args)
+    monkeypatch.setattr(finetune, 'next_batch', interrupted)
+    n_stopped = 0
+    for options in parts:
+        try: toy_tune(out, **options)
+        except TrainingStopped as e:
+            n_stopped += 1
+            assert str(e)==f'out: stopped at step {step} of 9 by SIGTERM; the same command goes on from there'
+            toy_tune(out, **options)
+    assert n_stopped==1 and steps==list(range(9))                   # no step was done twice
+    assert same_files(tuned, out)
+
+@pytest.mark.parametrize('options', [{}, dict(sample_epoch=1)], ids=['whole', 'sample'])
+def test_sigterm_while_images_are_generated_stops_at_once(options, tuned, tmp_path, monkeypatch):
+    out = tmp_path/'run'/'out'
+    if options: toy_tune(out, stop_epoch=1)
+    with monkeypatch.context() as patch:
+        def interrupted(*args, **kwargs):
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError('it went on')
+        patch.setattr(test_diffusion, 'toy_sample', interrupted)
+        with pytest.raises(TrainingStopped, match='out: stopped .* by SIGTERM; the same command goes on'): toy_tune(out, **options)
+    toy_tune(out)
+    assert same_files(tuned, out)
+
+def test_parts_of_sdxl(tmp_path):
+    "With a real U-Net, text encoders and sampler"
+    options = dict(QUICK_SDXL, base_model='tiny-sdxl-random', checkpoint_every=1, epochs=2)
+    train_sdxl(TOY, PAIRS, tmp_path/'one'/'out', **options)
+    for part in (dict(stop_epoch=1), dict(stop_epoch=2), dict(sample_epoch=2), dict(sample_epoch=0), {}):
+        train_sdxl(TOY, PAIRS, tmp_path/'parts'/'out', **options, **part)
+    assert differing_files(tmp_path/'one'/'out', tmp_path/'parts'/'out')==[]
 
 if __name__=='__main__':
     training.torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from ..data.classes import caption, PATHOLOGIES, VIEWS
 from elbowsynth.diffusion.base_models import (
     load_base_pipeline, load_lora, prepare_pipeline, tiny_clip, tiny_clip_tokenizer, tiny_vae,
     use_random_weights)
-from .distributed import init_distributed
+from .distributed import init_distributed, shard_if_too_large
 from .finetune import fine_tune, train_cli
 from .latents import InpaintDataset
 from .objective import Batch, ModelSpec, sampling_autocast_dtype
@@ -242,6 +242,7 @@ def train_flux(
     config = make_config(config, **kwargs)
     if config.model!='flux': raise ValueError(f'train_flux: got a configuration of {config.model}')
     distributed = init_distributed(config.device)
+    if 'fsdp' not in kwargs: config = shard_if_too_large(config, distributed)
     config = resolve_config(config, distributed.world_size)
     dtypes = {'vae': config.vae_dtype, 'transformer': config.prior_dtype,
               'default': config.text_encoder_dtype}

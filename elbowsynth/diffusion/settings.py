@@ -86,6 +86,9 @@ class FineTuneConfig(_ShowChanges):
     fsdp:bool=False # Shard weights over processes (FSDP2)
     device:str='auto' # `auto`, `cuda` or `cpu`
     max_minutes:float=0. # Raise an error if the work would take longer; 0 for no limit
+    # Parts of a training
+    stop_epoch:int=-1 # Checkpoint at which to stop, with its weights kept; -1 trains all epochs
+    sample_epoch:int=-1 # Do not train: inpaint with the kept weights of this checkpoint
     # Checkpoint evaluation
     n_validation:int=32 # Test pairs for the validation loss; 0 for none
     num_inference_steps:int=50 # Sampling steps
@@ -255,6 +258,8 @@ def training_errors(
     config:FineTuneConfig,
 )->list[str]:
     "Settings that leave nothing to train, or train more than can be saved"
+    if min(config.stop_epoch, config.sample_epoch)>=0:
+        return ['stop_epoch and sample_epoch are of two parts: set one of them']
     epochs = [config.denoiser_epochs] if config.train_denoiser else []
     if 'trained' in (config.text_encoder, config.text_encoder_2):
         epochs.append(config.text_encoder_epochs)

@@ -461,18 +461,19 @@ def training_batches(
                        batch_indices=indices)
     def save(step):
         if not all_finite(nets): diverged(step, 'a weight is NaN or infinite')
-        nonlocal is_between
+        nonlocal was_stopped
         epoch = epoch_at.get(step)
         if epoch is not None: on_checkpoint(epoch, step)
-        # The previous file is always of a checkpoint, whenever a training was interrupted
-        save_checkpoint(checkpoint, nets, opts, generator, keep_previous=not is_between, step=step,
-                        epoch=epoch, model_config=model_config)
-        is_between = epoch is None
+        stopped = {'stopped': True} if stop_requested() and epoch is None else {}
+        # What SIGTERM has saved does not become the previous file: it is as without the signal
+        save_checkpoint(checkpoint, nets, opts, generator, keep_previous=not was_stopped, step=step,
+                        epoch=epoch, model_config=model_config, **stopped)
+        was_stopped = bool(stopped)
 
     _remove_incomplete_samples(out)
     start,completed_epoch = training_progress(out)
-    if checkpoint.exists(): load_checkpoint(checkpoint, nets, opts, generator)
-    is_between = start not in epoch_at
+    state = load_checkpoint(checkpoint, nets, opts, generator) if checkpoint.exists() else {}
+    was_stopped = state.get('stopped', False)
     if start in epoch_at and completed_epoch!=epoch_at[start]: save(start)
     stop_if_requested(Path(out).name, start, last_step, all_steps)
 
