@@ -806,3 +806,68 @@ def test_only_new_checkpoints_are_scored(run):
     changed = {n.split('.')[0] for n,t in modification_times(run).items() if before.get(n)!=t}
     assert changed=={'gan_samples_0020'}
     assert again==first
+
+# --- Scores in parts
+
+def without_times(folder):
+    "Files of the stage; archives contain the time"
+    return {path: content for path,content in files_of(folder).items() if path.suffix!='.npz'}
+
+@pytest.fixture
+def in_parts(tmp_path, monkeypatch):
+    "A run with three checkpoints, not scored, and a copy that one call has scored"
+    for module in metrics, extractors: monkeypatch.setattr(module, 'features', mean_gray_features)
+    monkeypatch.setattr(metrics, 'BATCH_SIZE', 4)
+    monkeypatch.setattr(metrics, 'parallel_map', lambda f, items, n=0: map(f, items))  # no threads in a fork
+    monkeypatch.setattr(importlib.import_module('elbowsynth.evaluation.ssim'), 'parallel_map', lambda f, items, n=0: map(f, items))
+    folder, at_once = write_run(tmp_path/'run', n=6), tmp_path/'at once'
+    for output in ('samples', 'validation'):
+        shutil.copytree(folder/'gan'/'samples'/'0010', folder/'gan'/output/'0020', dirs_exist_ok=True)
+    for path in (folder/'gan'/'validation'/'0020').iterdir(): path.rename(path.with_name(f'f{int(path.name[1])+6}__normal.png'))
+    shutil.copytree(folder, at_once)
+    score(at_once, statistics=run_statistics)
+    return folder, at_once
+
+@pytest.mark.parametrize('order', [['flux/0010', 'gan/0010', 'gan/0020'], ['gan/0020', 'flux/0010', 'flux/0010']], ids=['all', 'not all'])
+def test_parts_in_any_order_give_the_tables_of_one_call(order, in_parts, monkeypatch):
+    folder, at_once = in_parts
+    for name in order:
+        score(folder, only_checkpoints=[name])
+        assert [p.name for p in (folder/'metrics').iterdir() if p.is_file()]==[]
+    scored, score_batch = [], metrics.score_batch
+    def counted(path, *args):
+        scored.append(path.parent.name.removesuffix('.parts'))
+        score_batch(path, *args)
+    monkeypatch.setattr(metrics, 'score_batch', counted)
+    score(folder, statistics=run_statistics)
+    again = {name for name in scored if name.split('_')[0] in ('gan', 'flux')}
+    assert again==(set() if len(set(order))==3 else {'gan_samples_0010'}) and 'telea' in scored
+    assert without_times(folder/'metrics')==without_times(at_once/'metrics')
+
+def test_two_parts_at_once_do_not_harm_each_other(in_parts):
+    "Both compute the features of the same real images, and of different validation images"
+    folder, at_once = in_parts
+    start, go = os.pipe()
+    pids = []
+    for name in ('gan/0020', 'flux/0010'):
+        pid = os.fork()
+        if pid==0:
+            status = 1
+            try:
+                os.close(go)
+                os.read(start, 1)                                   # until the other exists, too
+                score(folder, only_checkpoints=[name])
+                status = 0
+            finally: os._exit(status)
+        pids.append(pid)
+    os.close(go)
+    assert [os.waitpid(pid, 0)[1] for pid in pids]==[0, 0]
+    os.close(start)
+    score(folder, statistics=run_statistics)
+    assert without_times(folder/'metrics')==without_times(at_once/'metrics')
+
+def test_a_checkpoint_without_images_is_refused(in_parts):
+    folder, _ = in_parts
+    with pytest.raises(FileNotFoundError, match='only_checkpoints: flux/0040, gan/10 has no images; expected MODEL/EPOCH.*fix:'):
+        score(folder, only_checkpoints=['gan/0010', 'gan/10', 'flux/0040'])
+    assert not (folder/'metrics').exists()

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['UPSAMPLING', 'BATCH_SIZE', 'SET_COLUMNS', 'TABLE_METADATA', 'JOB_SUFFIXES', 'SUMMARY_METRICS', 'LEARN_NOTHING',
-           'TEST_BASELINES', 'find_checkpoints', 'load_for_scoring', 'images_hash', 'score_batch', 'gather_batches',
-           'checkpoint_summary', 'table_metadata', 'add_metadata', 'write_table', 'read_written_table', 'ScoringJob',
-           'job_file', 'write_summary', 'is_scored', 'run_jobs', 'baseline_jobs', 'checkpoint_name', 'checkpoint_jobs',
-           'trained_checkpoints', 'best_checkpoints', 'matched_baseline_scores', 'baseline_comparison',
-           'subgroup_scores', 'selected_epoch', 'checkpoint_selection', 'upsampling_sensitivity', 'mask_region_table',
-           'final_checkpoints', 'score_files', 'read_scores', 'statistics_inputs', 'gather_scores', 'scoring_code_hash',
-           'real_features', 'score_set', 'score_upsampling', 'score_run']
+           'TEST_BASELINES', 'find_checkpoints', 'only_named_checkpoints', 'load_for_scoring', 'images_hash',
+           'score_batch', 'gather_batches', 'checkpoint_summary', 'table_metadata', 'add_metadata', 'write_table',
+           'read_written_table', 'ScoringJob', 'job_file', 'write_summary', 'is_scored', 'run_jobs', 'baseline_jobs',
+           'checkpoint_name', 'checkpoint_jobs', 'trained_checkpoints', 'best_checkpoints', 'matched_baseline_scores',
+           'baseline_comparison', 'subgroup_scores', 'selected_epoch', 'checkpoint_selection', 'upsampling_sensitivity',
+           'mask_region_table', 'final_checkpoints', 'score_files', 'read_scores', 'statistics_inputs', 'gather_scores',
+           'scoring_code_hash', 'real_features', 'score_set', 'score_upsampling', 'score_run']
 
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #490ac4ed
 import functools, hashlib, io, json, shutil
@@ -44,6 +44,20 @@ def find_checkpoints(
             for folder in sorted((Path(run)/model/source).glob('[0-9]*')):
                 if any(folder.glob('*.png')): rows.append((model, source, int(folder.name), folder))
     return pd.DataFrame(rows, columns=['model', 'source', 'epoch', 'folder'])
+
+# %% ../../nbs/5_evaluation/65_metrics.ipynb #47e651ed
+def only_named_checkpoints(
+    checkpoints:pd.DataFrame, # As in `find_checkpoints`
+    names:list[str], # Folder of a model and epoch, as `flux/0020`; all checkpoints if empty
+)->pd.DataFrame: # Its rows with these names
+    "The checkpoints with some names; FileNotFoundError if one has no images"
+    if not names: return checkpoints
+    found = pd.Series([f'{o.model}/{o.epoch:04d}' for o in checkpoints.itertuples()], dtype=str)
+    missing = sorted(set(names)-set(found))
+    if missing: raise FileNotFoundError(
+        f'only_checkpoints: {", ".join(missing)} has no images; expected MODEL/EPOCH with images '
+        'in MODEL/samples/EPOCH; fix: run the job that generates them first, or correct the name')
+    return checkpoints[found.isin(names).values]
 
 # %% ../../nbs/5_evaluation/65_metrics.ipynb #8caca889
 UPSAMPLING = {
@@ -991,7 +1005,8 @@ def score_run(
     max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
     autoencoders:dict=None, # Name to autoencoder, as in `vae_reconstruct`
     statistics:Callable=None, # `run_statistics`, for intervals and tests
-)->dict: # Contents of `metrics.json`
+    only_checkpoints:list[str]=(), # Score only these, as `flux/0020`, and write no table
+)->dict: # Contents of `metrics.json`; with `only_checkpoints` the numbers of pairs
     "Score every checkpoint of a run that is not scored yet, and gather all scores"
     run, name = Path(run), extractor_name(extractor)
     out = run/out
@@ -1001,6 +1016,7 @@ def score_run(
     if not len(test): raise ValueError(f'{split}/pairs.csv has no test pairs')
     checkpoints = find_checkpoints(run, models)
     if not len(checkpoints): require_path(run/models[0]/'samples', models[0])
+    checkpoints = only_named_checkpoints(checkpoints, only_checkpoints)
     validated = checkpoints.source=='validation'
     names = {p.stem for f in checkpoints.folder[validated] for p in f.glob('*.png')}
     validation = train[train.pair.isin(names)].reset_index(drop=True)
@@ -1017,7 +1033,7 @@ def score_run(
         load_real = _real_loader(run/images, pairs, size, upsampling)
         jobs = checkpoint_jobs(pairs, group, settings, hashes, run/masks, inpainting_models)
         key = images_hash(run/images, pairs.image, *settings)
-        if subset=='test':
+        if subset=='test' and not only_checkpoints:
             baselines = baseline_jobs(pairs, train, load_real, run/masks, run/images, settings,
                                       hashes, seed, autoencoders)
             baseline_names = [job.name for job in baselines]
@@ -1027,6 +1043,7 @@ def score_run(
         features_of[subset] = score_set(
             out, jobs, pairs, load_real, subset, extractor, device, max_minutes, key, resize)
 
+    if only_checkpoints: return {'n_pairs': len(test), 'n_validation_pairs': len(validation)}
     return gather_scores(out, checkpoints, baseline_names, test, _metric_conventions(size) | {
         'missing_models': [m for m in models if m not in set(checkpoints.model)],
         'extractor': name, 'size': size, 'resize': resize, 'seed': seed, 'n_pairs': len(test),
