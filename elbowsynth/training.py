@@ -585,7 +585,7 @@ def _on_sigterm(number, frame):
 
 @contextlib.contextmanager
 def stop_on_sigterm():
-    "Within the block, if it runs in the main thread, SIGTERM sets what `stop_requested` returns"
+    "For loops that look at `stop_requested`: in the block SIGTERM sets it, in the main thread"
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is _on_sigterm:
         yield
@@ -623,12 +623,12 @@ def lock_training(
     folder:Path, # Folder of a training; it need not exist
     shared:tuple=(), # Names of folders in it that other processes write into
 ):
-    "Within the block only this process trains in `folder`, and SIGTERM is noted, not obeyed"
+    "Within the block only this process trains in `folder`; leftovers of earlier ones are removed"
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f'.{folder.name}.lock')     # outside: the folder may be moved aside
     ended = threading.Event()
-    with stop_on_sigterm(), _take_lock(path) as lock:
+    with _take_lock(path) as lock:
         threading.Thread(target=_keep_fresh, args=(path, lock, ended), daemon=True).start()
         try:
             remove_leftovers(folder, shared)

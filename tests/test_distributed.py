@@ -1,9 +1,10 @@
 """Two processes against one: Adafactor on sharded weights (FSDP2), and whole trainings in float64;
 stochastic rounding after the step, in every path. Started by torchrun, this file is what each
 process does"""
-import importlib, multiprocessing, os, socket, sys
+import importlib, json, multiprocessing, os, re, socket, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import pytest, torch
+import pandas as pd, pytest, torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from conftest import sh
@@ -228,6 +229,7 @@ def split_ema(tensors):
     ema = {k: v for k,v in tensors.items() if k.startswith('ema/')}
     return {k: v for k,v in tensors.items() if k not in ema}, ema
 
+@pytest.mark.long('four trainings of two processes, 80 s')
 @pytest.mark.parametrize('mode', ['replicated', 'sharded', 'resumed'])
 def test_two_processes_train_as_one(trained, mode):
     (one, one_ema), (two, two_ema) = split_ema(trained['one']), split_ema(trained[mode])
@@ -241,5 +243,97 @@ def test_weights_move_by_more_than_the_tolerance(trained):
     "By about five steps, so that a process that trains on other samples would be noticed"
     zeros = {k: torch.zeros_like(v) for k,v in trained['one'].items()}
     assert max(differences(trained['one'], zeros).values())>1
+
+# The launcher of the stages
+
+def write_study(folder, model):
+    "A run with four pairs, split, masks and images, and a base model next to it"
+    from elbowsynth.data.images import write_png
+    from elbowsynth.diffusion.latents import toy_data
+    pairs = toy_data(4)
+    rows = []
+    for k,(name, image, mask, caption) in enumerate(zip(*pairs)):
+        write_png(folder/'images'/f'{name}.png', image)
+        write_png(folder/'masks'/f'{name}__normal.png', mask)
+        rows.append((f'{name}__normal', name, ['train', 'train', 'train', 'test'][k], caption))
+    (folder/'split').mkdir()
+    table = pd.DataFrame(rows, columns=['pair', 'image', 'split', 'caption'])
+    table.to_csv(folder/'split'/'pairs.csv', index=False)
+    save_base_model(model, folder/'base')
+    return folder
+
+# Five steps of four images in float64; the sampled pair is the same in all
+SETTINGS = dict(
+    weight_dtype='float64', vae_dtype='float64', epochs=6, checkpoint_every=6, boost_epochs=0, batch_size=4, lr=LR,
+    text_encoder_lr=LR, num_inference_steps=2, n_validation=1, unmasked_probability=.3, device='cpu', cache_latents=False)
+
+def launch(run, out, n_gpus=1, **options):
+    "What the cell of the stage does"
+    from elbowsynth.diffusion.finetune import launch_training, uses_launcher
+    assert uses_launcher(n_gpus, 'cpu')
+    settings = SETTINGS | {'base_model': str(run/'base')} | options
+    launch_training('sdxl', run, ('split', 'masks', 'images'), 64, run/out, n_gpus, **settings)
+
+@pytest.fixture(scope='module')
+def study(tmp_path_factory):
+    "Five steps by one process"
+    from elbowsynth.diffusion.latents import load_inpaint_data
+    from elbowsynth.diffusion.sdxl import train_sdxl
+    run = write_study(tmp_path_factory.mktemp('study'), 'sdxl')
+    train_sdxl(*load_inpaint_data(run, 'split', 'masks', 'images', 64), run/'one', base_model=str(run/'base'), **SETTINGS)
+    return run
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def assert_trained_as_one(study, out):
+    one, two = weights(study/'one'), weights(study/out)
+    assert one.keys()==two.keys() and {v.dtype for v in one.values()}=={torch.float64}
+    assert max(differences(one, two).values())<1e-6
+    steps = [[json.loads(line)['step'] for line in (study/name/'log.jsonl').read_text().splitlines()] for name in ('one', out)]
+    assert steps==[[1, 2, 3, 4, 5]]*2
+    images = [{p.relative_to(study/name): p.read_bytes() for p in (study/name).rglob('*.png')} for name in ('one', out)]
+    assert images[0].keys()==images[1].keys() and len(images[0])==4
+
+@pytest.mark.long('four processes that import torch, 30 s')
+def test_two_nodes_train_as_one_process(study, monkeypatch):
+    "The same call on each node, which meet by the variables of the environment"
+    monkeypatch.setenv('ELBOWSYNTH_N_NODES', '2')
+    monkeypatch.setenv('ELBOWSYNTH_RENDEZVOUS', f'127.0.0.1:{free_port()}')
+    with ThreadPoolExecutor(2) as nodes:
+        for node in [nodes.submit(launch, study, 'nodes') for _ in range(2)]: node.result(timeout=300)
+    assert_trained_as_one(study, 'nodes')
+
+@pytest.mark.long('three starts of two processes, 60 s')
+def test_sigterm_stops_all_processes_after_one_step(study, tmp_path):
+    "SIGTERM to the process of the stage; then the same call, and a job that samples"
+    code = f'''
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import builtins, os, signal, test_distributed
+from pathlib import Path
+from elbowsynth.training import TrainingStopped
+said = print
+def stop_at_start(*args, **kwargs):
+    said(*args, **kwargs)
+    if 'starts at step 0 of 5' in args[0]: os.kill(os.getpid(), signal.SIGTERM)
+builtins.print = stop_at_start
+try: test_distributed.launch(Path({str(study)!r}), 'stopped', 2, stop_epoch=6)
+except TrainingStopped as e: raise SystemExit(f'STOPPED {{e}}')
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    stopped = re.search(r'STOPPED stopped: stopped at step (\d) of 5 by SIGTERM; the same command goes on', done.stderr)
+    assert stopped, done.stdout[-2000:]+done.stderr[-3000:]
+    launch(study, 'stopped', 2, stop_epoch=6)
+    assert sorted(p.name for p in (study/'stopped'/'checkpoints').iterdir())==['0000.safetensors', '0006.safetensors']
+    launch(study, 'stopped', 2)
+    assert_trained_as_one(study, 'stopped')
+
+@pytest.mark.long('starts two processes, 10 s')
+def test_an_error_in_a_process_is_shown(study):
+    with pytest.raises(RuntimeError, match='refused: a process of the training ended with 1; .*fix:'):
+        launch(study, 'refused', 2, lr_scheduler='cubic')
+    assert not (study/'refused').exists()
 
 if __name__=='__main__': globals()[sys.argv[1]](*sys.argv[2:])

@@ -97,6 +97,11 @@ def test_a_lock_is_refreshed_and_a_training_that_lost_it_ends(tmp_path, monkeypa
             wait_for(lambda: False)
     assert 'pid 12 on node7' in capsys.readouterr().out and json.loads(path.read_text())==OTHER
 
+def test_a_lock_alone_leaves_sigterm_as_it_is(tmp_path):
+    "Loops that do not look at the signal still end by it"
+    before = signal.getsignal(signal.SIGTERM)
+    with lock_training(tmp_path/'out'): assert signal.getsignal(signal.SIGTERM) is before
+
 # ---- GANs
 
 EPOCHS = (0, 2, 3) # Checkpoints of `train_quickly`

@@ -1044,8 +1044,8 @@ def launch_training(
     **settings, # Fields of `FineTuneConfig`
 ):
     "Train in several processes; the same call resumes after an interruption"
-    data = dict(zip(('split', 'masks', 'images'), stages), run=Path(run).absolute(), size=size,
-                out=Path(out).absolute())
+    data = dict(zip(('split', 'masks', 'images'), stages), run_dir=Path(run).absolute(),
+                size=size, out=Path(out).absolute())
     arguments = [f'--{name}={value}' for name,value in (data | settings).items()]
     command = launch_command(f'elbowsynth.diffusion.{model}', arguments, n_gpus,
                              read_nodes(os.environ))

@@ -9,7 +9,7 @@ __all__ = ['MAX_LISTED', 'FULL_MASK', 'InpaintDataset', 'load_inpaint_data', 'to
            'encode_latents']
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #e6e2c3d9
-import contextlib, fcntl, os, uuid
+import contextlib, fcntl, os, socket, uuid
 import cv2, numpy as np, torch, torch.nn.functional as F
 from functools import partial
 from pathlib import Path
@@ -239,7 +239,7 @@ def shared_cache(
     with (Path(folder)/'.lock').open('a') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
-            for path in Path(folder).glob('.*.safetensors'): path.unlink()
+            for path in Path(folder).glob(f'.part-{socket.gethostname()}-*'): path.unlink()
         except OSError: pass                # others may be writing, or the file system has no locks
         with contextlib.suppress(OSError): fcntl.flock(lock, fcntl.LOCK_SH)
         yield
@@ -248,7 +248,7 @@ def shared_cache(
 def _write_shared(path, tensors):
     "Write a file of tensors that other processes may be writing at the same time"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.part-{uuid.uuid4().hex}.safetensors')
+    part = path.with_name(f'.part-{socket.gethostname()}-{uuid.uuid4().hex}.safetensors')
     save_tensors(part, tensors)
     sync_to_disk(part)
     os.replace(part, path)

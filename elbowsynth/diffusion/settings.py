@@ -317,7 +317,9 @@ def add_data_arguments(
     layout = 'STEM.png, STEM.txt and STEM-masklabel.png'
     parser.add_argument('--train_data_dir', default='', help=f'folder of {layout}')
     parser.add_argument('--test_data_dir', default='', help='folder to inpaint (train_data_dir)')
-    parser.add_argument('--run', default='', help='folder of a run, in place of train_data_dir')
+    # `torchrun` takes the short name for one of its own options
+    parser.add_argument('--run', '--run_dir', default='',
+                        help='folder of a run, in place of train_data_dir')
     for stage in ('split', 'masks', 'images'):
         parser.add_argument(f'--{stage}', default=stage, help=f'stage of the run ({stage})')
     parser.add_argument('--size', type=int, default=1024, help='image size (Table 7: 1024)')

@@ -15,7 +15,8 @@ from pathlib import Path
 from torch import nn
 from ..core import content_hash, progress
 from ..training import (
-    configure_device, get_device, JsonlLogger, lock_training, NanGuard, save_samples, to_tensor)
+    configure_device, get_device, JsonlLogger, lock_training, NanGuard, save_samples,
+    stop_on_sigterm, to_tensor)
 from .settings import ACGANConfig
 from .gan import (
     adam, cuda_graphed, end_epoch, fixed_noise, generate, get_label_fields, grad_norm,
@@ -275,7 +276,7 @@ def train_conditional_gan(
     sample_sets = {'validation': (pairs[is_validation], validation_y), 'samples': (test, test_y)}
     model_config = _model_config(size, config, label_fields)
     until = end_epoch(config.epochs, config.checkpoint_every, config.stop_epoch)
-    with lock_training(out):
+    with stop_on_sigterm(), lock_training(out):
         n_steps = prepare_training(out, run_config, n, config.batch_size, config.epochs, until)
         log,metrics_log = open_logs(out, config.tensorboard, config.batch_size)
         on_checkpoint = make_checkpoint_callback(

@@ -21,7 +21,7 @@ from torch import nn
 from ..core import atomic_write, content_hash, progress
 from ..training import (
     checkpoint_epochs, checkpoint_steps, configure_device, get_device, lock_training, NanGuard,
-    save_samples, to_tensor, TrainingStopped)
+    save_samples, stop_on_sigterm, to_tensor, TrainingStopped)
 from ..data.classes import PATHOLOGIES, VIEWS
 from .settings import WGANGPConfig
 from .gan import (
@@ -507,7 +507,7 @@ def train_wgan_gp(
     is_part = bool(config.only_models) or config.stop_epoch>=0
     until = end_epoch(config.epochs, config.checkpoint_every, config.stop_epoch)
 
-    with ExitStack() as locks:
+    with stop_on_sigterm(), ExitStack() as locks:
         for model in trained.itertuples():
             locks.enter_context(lock_training(out/model_folder(model.view, model.pathology)))
         if not is_part: locks.enter_context(lock_training(out))
