@@ -4,6 +4,9 @@ DATA :=
 RUN :=
 SET :=
 ALL :=
+CLUSTER :=
+SITE :=
+DRY :=
 FROM :=
 TO :=
 OPTIONS :=
@@ -12,7 +15,7 @@ ONLY :=
 OUTPUTS :=
 MODELS :=
 IN := .venv/bin/
-STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)'
+STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)' --cluster "$(CLUSTER)" --site "$(SITE)"
 
 # Compiled modules are kept, also where a container forbids it: without them each process compiles torch and diffusers anew
 unexport PYTHONDONTWRITEBYTECODE
@@ -29,8 +32,8 @@ install: .venv/installed ## Install the packages of requirements.lock into .venv
 .venv/installed: requirements.lock settings.ini setup.py workflow/install.sh
 	@sh workflow/install.sh
 
-study: install ## Run the stages of the study that are out of date, and write its report
-	@$(STUDY)
+study: install ## Run the stages of the study that are out of date, and write its report; CLUSTER=slurm SITE=FILE: as jobs of Slurm; DRY=1: list the jobs
+	@$(STUDY) $(if $(DRY),--dry)
 
 inpaint: install ## Inpaint DATA=FOLDER with the base models, without fine-tuning
 	@$(STUDY) --set 'split= epochs=0 boost_epochs=0 sdxl.out=sdxl_untrained flux.out=flux_untrained' --target sdxl --target flux

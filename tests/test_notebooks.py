@@ -314,7 +314,9 @@ IMPORTS = {
     'diffusion': BASE | {'data', 'phantom', 'evaluation', 'training'},
     'report': BASE | {'data', 'phantom', 'evaluation', 'training', 'gans', 'diffusion'},
     'experiments': BASE | {'data', 'phantom', 'evaluation', 'training', 'gans', 'diffusion', 'report'},
-    'run': BASE | {'report'},                                   # report: secure_page
+    'job': BASE,
+    'cluster': BASE | {'data', 'diffusion', 'job'},
+    'run': BASE | {'report', 'job', 'cluster'},                 # report: secure_page
     'site': BASE | {'data', 'phantom', 'evaluation', 'training', 'gans', 'diffusion', 'report', 'experiments', 'run'}}
 
 def part_of(module): return module.split('.')[0]

@@ -71,7 +71,7 @@ def test_the_runner_starts_without_heavy_packages():
     "Each stage starts it once: numpy, nbformat (through jsonschema) and snakemake take seconds"
     code = 'import sys, elbowsynth.run\nprint(sorted({"numpy", "pandas", "matplotlib", "nbformat", "jsonschema", "papermill", "snakemake"} & set(sys.modules)))'
     assert sh(sys.executable, '-c', code).stdout.strip()=='[]'
-    code = 'import sys\nfrom elbowsynth.run import _leave_out_iri_grammar\n_leave_out_iri_grammar()\nimport papermill, lark\nprint("rfc3987_syntax.syntax_helpers" in sys.modules)'
+    code = 'import sys\nfrom elbowsynth.job import _leave_out_iri_grammar\n_leave_out_iri_grammar()\nimport papermill, lark\nprint("rfc3987_syntax.syntax_helpers" in sys.modules)'
     assert sh(sys.executable, '-c', code).stdout.strip()=='False'
 
 def test_a_name_of_a_module_means_the_function():
