@@ -98,6 +98,7 @@ def test_sort_network_and_union_length(n):
     covered = [sum(any(a<=k<=b for a,b in zip(t0[:, i], t1[:, i])) for k in ticks) for i in range(200)]
     np.testing.assert_allclose(union_length(list(zip(t0, t1))), covered, atol=1e-4)
 
+@pytest.mark.long('all injuries at all ages, 20 s')
 @pytest.mark.parametrize('age', [2, 4, 6, 8, 10, 12, 14.5, 17, 40, 75])
 @pytest.mark.parametrize('pathology', INJURED)
 def test_every_injury_at_every_age_is_visible_and_reproducible(pathology, age):

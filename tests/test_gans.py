@@ -351,6 +351,7 @@ def state_after(model, ours, n_steps, dtype, monkeypatch):
     state = [t.double() for net in nets for t in net.state_dict().values()]
     return state, [p.grad.double() for p in nets[0].parameters()]
 
+@pytest.mark.long('reference implementations, 10 s')
 @pytest.mark.parametrize('model', list(TRAIN))
 def test_twenty_steps_in_double_precision(model, monkeypatch):
     ours,_ = state_after(model, True, 20, torch.double, monkeypatch)
@@ -383,6 +384,7 @@ def test_class_head_with_an_optimizer_of_its_own_is_bit_identical():
         states.append(list(dis.state_dict().values()))
     assert all(torch.equal(a, b) for a,b in zip(*states))
 
+@pytest.mark.long('compiles, 8 s')
 def test_losses_can_be_compiled():
     "Into one graph, for any network; the values do not change"
     torch.manual_seed(0)
@@ -793,6 +795,7 @@ def check_kills(folder, n_kills, seed=0):
     assert len(differing)==n_kills
     assert not any(differing.values()), {k: v for k,v in differing.items() if v}
 
+@pytest.mark.long('killed processes, 15 s')
 def test_runs_killed_at_file_operations_end_with_the_same_files(tmp_path): check_kills(tmp_path, 4)
 
 @pytest.mark.long('50 kills')

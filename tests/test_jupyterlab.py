@@ -405,6 +405,7 @@ def request(port, path, body=None):
         except urllib.error.URLError: time.sleep(.1)
     pytest.fail('the server did not start')
 
+@pytest.mark.long('a JupyterLab server, 8 s')
 def test_make_lab_serves_the_checkout_and_a_save_is_no_change(clones, tmp_path):
     "The server of JupyterLab, as `make lab` starts it; a run notebook is saved as the browser does it"
     clone, port = clones[1], free_port()

@@ -582,6 +582,7 @@ def test_effect_of_upsampling_is_measured(run):
     assert abs(table.ssim['bilinear']-summary.ssim['gan'])<1e-5
     assert abs(table.mmd2['bilinear']-summary.mmd2['gan'])<1e-4
 
+@pytest.mark.long('scores two runs, 10 s')
 def test_new_validation_images_do_not_change_other_checkpoints(run, tmp_path):
     "A model that starts to hold out patients changes the validation set, not existing scores"
     folder = tmp_path/'run'
@@ -797,6 +798,7 @@ def assert_same_arrays(path, other):
     arrays, others = load_arrays(path), load_arrays(other)
     assert set(arrays)==set(others) and all((arrays[k]==others[k]).all() for k in arrays)
 
+@pytest.mark.long('scores several runs, 12 s')
 def test_only_new_checkpoints_are_scored(run):
     first = json.loads((run/'metrics'/'metrics.json').read_text())
     before = modification_times(run)

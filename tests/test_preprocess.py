@@ -287,6 +287,7 @@ def contents(folder): return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 COMMAND = [sys.executable, '-m', 'elbowsynth.data.preprocess']
 
+@pytest.mark.long('killed processes, 12 s')
 def test_a_killed_run_is_resumed(tmp_path):
     folder, reference = write_phantoms(tmp_path), tmp_path/'reference'
     preprocess_folder(folder, reference, 512, n_threads=2)

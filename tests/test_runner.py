@@ -226,6 +226,7 @@ def test_failed_stage_names_notebook_cell_and_log(toy):
     assert 'no model' in (toy/'_runs'/'demo'/'logs'/'b.log').read_text()
     assert stages_run(study(toy))==['b', 'c']                                           # without the error it resumes
 
+@pytest.mark.long('waits for a lock, 10 s')
 def test_one_study_at_a_time_in_a_folder(toy):
     (toy/'_runs'/'demo').mkdir(parents=True)
     with (toy/'_runs'/'demo'/'.lock').open('w') as f:
@@ -295,6 +296,7 @@ def test_wrong_typed_values_are_refused(lab, line, message):
     with pytest.raises(ValueError) as error: notebook_profile('a', cell(A_PARAMETERS) | {name: json.loads(value)})
     assert message in str(error.value) and not (lab/'_runs').exists() and not (lab/'mine').exists()
 
+@pytest.mark.long('two studies, 12 s')
 def test_a_typed_value_does_not_become_the_default_of_the_study(lab):
     before = plan('demo')
     type_into(lab/'nbs'/'1_data'/'01_a.ipynb', 'seed: int = 3  # Tried')
@@ -412,6 +414,7 @@ def run_in_kernel(path, toy, interrupt_after=None):
 
 def used_config(folder): return json.loads((folder/'model'/'config.json').read_text())
 
+@pytest.mark.long('three runs of a stage, 17 s')
 def test_setting_profile_and_plain_papermill_give_the_same_options(toy):
     study(toy, '--set', 'b.decay_rate=-0.7', '--target', 'b')
     by_setting = used_config(toy/'_runs'/'demo')

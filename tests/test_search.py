@@ -34,6 +34,7 @@ def dataset():
 
 def read_trials(out): return (out/'trials.csv').read_bytes()
 
+@pytest.mark.long('several searches, 30 s')
 def test_the_same_seed_gives_the_same_trials(dataset, tmp_path):
     torch.set_num_threads(1)
     for name,seed in (('one', 0), ('two', 0), ('other', 1)):

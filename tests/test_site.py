@@ -627,6 +627,7 @@ def test_the_browser_sees_a_live_name_and_the_policy_stops_it(tmp_path, browser)
     ran, requests, _, _ = opened_in_browser(browser, tmp_path/'secure.html')
     assert ran==[] and requests==[]
 
+@pytest.mark.long('a browser, 20 s')
 def test_hostile_names_are_text_in_the_report(hostile_run, browser):
     run, report = hostile_run
     assert 'Content-Security-Policy' in report.read_text()[:2000]

@@ -173,6 +173,7 @@ def test_large_seeds_are_not_truncated():
     assert (image(10**15)!=image(0)).mean()>.3
     assert (image(10**15)!=image(10**15%2**32)).mean()>.3
 
+@pytest.mark.long('three pretrainings, 6 s')
 def test_interrupted_pretraining_is_bit_identical(tmp_path):
     settings = dict(n_images=6, size=64, vae_steps=1, denoiser_steps=2)
     once, parts = tmp_path/'once', tmp_path/'parts'
@@ -231,6 +232,7 @@ def test_settings_of_pretraining_reach_both_trainings(monkeypatch, tmp_path):
     pretrain('tiny-flux', tmp_path, n_images=2, size=32)
     assert len(np.load(tmp_path/'train.npy')) == 2
 
+@pytest.mark.long('two pretrainings, 7 s')
 def test_pretraining_stops_at_nan_and_goes_on(monkeypatch, tmp_path):
     settings = dict(n_images=4, size=64, vae_steps=1, denoiser_steps=3)
     loss = pretraining.denoising_loss

@@ -75,6 +75,7 @@ def test_bootstrap_of_patients_covers():
     assert min(coverage)>.92 and max(coverage)<.98, coverage
     assert .93<=np.mean(coverage)<=.97, coverage
 
+@pytest.mark.long('hundreds of simulated studies, 9 s')
 def test_bootstrap_of_pairs_is_too_narrow_and_nested_bootstrap_too_wide():
     rng = np.random.default_rng(0)
     by_pair, nested = [], []
@@ -204,6 +205,7 @@ def test_small_distances_are_accurate_in_float32():
     assert abs(single['estimate']-exact['estimate'])<1e-9+.01*exact['se']
     assert np.isclose(single['se'], exact['se'], rtol=.01)
 
+@pytest.mark.long('hundreds of simulated studies, 5 s')
 @pytest.mark.parametrize('paired', [False, True])
 @pytest.mark.parametrize('delta', [.8, 1.5])
 def test_mmd_interval_covers(delta, paired):
@@ -369,6 +371,7 @@ def test_wilcoxon_is_exact_for_many_pairs_of_few_patients():
         p_values.append(clustered_wilcoxon(d[:, 0], patients)[1])
     assert (np.array(p_values)<=.05).mean()<=.08
 
+@pytest.mark.long('hundreds of simulated studies, 6 s')
 @pytest.mark.parametrize('n_patients', [12, 70])
 def test_wilcoxon_p_is_uniform_by_patient_and_too_small_by_pair(n_patients):
     rng = np.random.default_rng(18)
@@ -503,6 +506,7 @@ def test_paired_tests_use_the_pairs_that_both_models_have():
     assert table.prob_superiority[1]==0
     assert table.rank_biserial[1]==-1
 
+@pytest.mark.long('hundreds of simulated studies, 5 s')
 def test_trend_interval_covers_and_p_is_uniform():
     rng = np.random.default_rng(20)
     epochs = np.arange(0, 201, 20)
