@@ -496,6 +496,7 @@ def _check_owner(path, flocked):
         time.sleep(REFRESH_S/4)
         owner, new_age = _read_lock(path)
         if new_age<age: raise _locked_error(path, owner)
+        if stop_requested(): raise TrainingStopped(f'{path.name}: stopped by SIGTERM while waiting')
         age = new_age
     print(f'{path.name} of {owner.get("host")} was not refreshed for {age:.0f} s: it is taken over')
     return True

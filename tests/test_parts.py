@@ -53,6 +53,13 @@ def test_a_lock_of_a_node_that_failed_is_taken_over(tmp_path, monkeypatch, capsy
     assert 45<=sum(slept)<=60 and 'it is taken over' in capsys.readouterr().out
     assert not path.exists()
 
+def test_sigterm_ends_the_wait_for_a_lock(tmp_path, monkeypatch):
+    path = locked_by(OTHER, tmp_path/'out')
+    age_instead_of_sleeping(path, monkeypatch, then=lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(TrainingStopped, match='out.lock: stopped by SIGTERM while waiting'):
+        with training.stop_on_sigterm(), lock_training(tmp_path/'out'): pass
+    assert json.loads(path.read_text())==OTHER
+
 def test_of_two_nodes_that_take_over_a_lock_one_has_it(tmp_path, monkeypatch):
     path = locked_by(OTHER, tmp_path/'out', age=3600)
     third = OTHER | {'host': 'node8'}
@@ -257,11 +264,11 @@ def test_sampling_while_the_training_goes_on(tuned, tmp_path):
     unfinished = out/'raw'/'.0000'/'.part-a.png'
     unfinished.parent.mkdir()
     unfinished.touch()
-    with lock_training(out/'checkpoints'/'0000'):
+    with lock_training(out.with_name('out.0000')):
         toy_tune(out, stop_epoch=2)
         assert unfinished.exists()
         for options in (dict(sample_epoch=0), {}):                  # the closing job waits for all
-            with pytest.raises(RuntimeError, match='is training in .*0000; '): toy_tune(out, **options)
+            with pytest.raises(RuntimeError, match='is training in .*out.0000; '): toy_tune(out, **options)
     toy_tune(out)
     assert same_files(tuned, out)
 
@@ -283,6 +290,19 @@ def test_sampling_needs_the_weights_and_settings_of_the_training(tmp_path, capsy
     shutil.rmtree(out/'samples'/'0001')
     toy_tune(out, sample_epoch=1)                                   # from the file to resume from? no: said
     assert 'the weights of epoch 1 are no longer kept' in capsys.readouterr().out
+
+def test_kept_weights_are_sampled_with_the_settings_of_the_last_call(tmp_path):
+    "Another number of sampling steps for all that is not sampled yet; another learning rate keeps them aside"
+    out = tmp_path/'run'/'out'
+    toy_tune(out, stop_epoch=2)
+    toy_tune(out, sample_epoch=1)
+    toy_tune(out, num_inference_steps=9)
+    assert sorted(p.name for p in (out/'samples').iterdir())==['0000', '0002', '0003']
+    assert [p.name for p in (out/'evaluation-previous-1'/'samples').iterdir()]==['0001']
+    toy_tune(out, stop_epoch=1, lr=.2)
+    toy_tune(out, lr=.3)
+    kept = tmp_path/'run'/'out-previous-2'/'checkpoints'
+    assert sorted(p.name for p in kept.iterdir())==['0000.safetensors', '0001.safetensors'] and not (kept.parent/'samples').exists()
 
 def test_without_hard_links_weights_are_copied(tuned, tmp_path, monkeypatch):
     def no_links(*args): raise OSError(errno.EPERM, 'not supported')

@@ -33,9 +33,9 @@ from ..training import (
 from ..data.images import read_image
 from .adafactor import Adafactor
 from .base_models import file_checksums
-from elbowsynth.diffusion.distributed import (
-    barrier, DistributedContext, full_tensor, launch_command, read_nodes, run_launcher, shard_like,
-    shard_models, unsharded_copy)
+from .distributed import (
+    barrier, DistributedContext, full_tensor, launch_command, log_interval, read_nodes,
+    run_launcher, shard_like, shard_models, unsharded_copy)
 from .latents import (
     cached, InpaintDataset, load_inpaint_data, read_onetrainer_folder, shared_cache, weights_hash)
 from .model_sizes import optimizer_state_bytes
@@ -869,11 +869,6 @@ def fine_tune(
         if distributed.rank==0:
             _lock_part(locks, out, config)
             locks.enter_context(shared_cache(cache_dir))
-        kept = [int(p.stem) for p in sorted((out/'checkpoints').glob('[0-9]*.safetensors'))]
-        barrier(distributed)
-        is_part = max(config.stop_epoch, config.sample_epoch)>=0
-        for epoch in [] if is_part else kept:
-            _sample_kept_weights(*data, replace(config, sample_epoch=epoch), distributed)
         if config.sample_epoch>=0: _sample_kept_weights(*data, config, distributed)
         else: _train_from_checkpoint(*data, config, distributed)
     with contextlib.suppress(OSError): (out/'checkpoints').rmdir()      # after the last part
@@ -884,10 +879,11 @@ def _lock_part(locks, out, config):
     "Lock the files that a job writes; one that does everything needs those of all parts"
     sampled = {config.sample_epoch} if config.sample_epoch>=0 else set()
     if max(config.stop_epoch, config.sample_epoch)<0:
-        names = [p.name.strip('.').split('.')[0] for p in (out/'checkpoints').glob('*')]
-        sampled = {int(name) for name in names if name.isdigit()}
+        locked = out.parent.glob(f'.{glob.escape(out.name)}.[0-9]*.lock')
+        kept = kept_weights(out, 0).parent.glob('[0-9]*.safetensors')
+        sampled = {int(p.suffixes[-2][1:]) for p in locked} | {int(p.stem) for p in kept}
     for epoch in sorted(sampled):
-        locks.enter_context(lock_training(out/'checkpoints'/f'{epoch:04d}'))
+        locks.enter_context(lock_training(out.with_name(f'{out.name}.{epoch:04d}')))
         for kind in ('raw', 'samples'): remove_leftovers(out/kind/f'.{epoch:04d}')
     if config.sample_epoch>=0: return
     of_others = ('samples', 'raw', 'checkpoints') if config.stop_epoch>=0 else ()
@@ -911,10 +907,13 @@ def _sample_kept_weights(load_pipeline, spec, sample_fn, train, test, out, confi
     step, weights = step_of(schedule, epoch), kept_weights(out, epoch)
     if not weights.exists():
         if not has_samples(out, epoch): _missing_weights(out, epoch, step, schedule, config)
+        elif distributed.rank==0: print(f'{out.name}: the samples of epoch {epoch} are done')
         return
     with stop_at_once(f'{out.name}: stopped while inpainting at epoch {epoch} by SIGTERM; '
                       'the same command goes on from there'):
         pipe = load_pipeline(distributed.device)
+        if distributed.rank==0: print(
+            f'{out.name}: inpaints {len(test.names)} test pairs with the weights of epoch {epoch}')
         run = setup_training(pipe, spec, train, test, out, config, distributed, schedule,
                              weights if step else None, step)
         evaluate_and_sample(run, sample_fn)
@@ -925,7 +924,12 @@ def _sample_kept_weights(load_pipeline, spec, sample_fn, train, test, out, confi
 def _train_from_checkpoint(load_pipeline, spec, sample_fn, train, test, out, config, distributed):
     "`fine_tune` in a folder that is locked"
     schedule, checkpoint, first_step, reason = resume_point(train, test, out, config, distributed)
-    if distributed.rank==0 and config.stop_epoch<0: collect_records(out)
+    if config.stop_epoch<0:                             # what jobs of single checkpoints have left
+        for epoch in [int(p.stem) for p in kept_weights(out, 0).parent.glob('[0-9]*.safetensors')]:
+            _sample_kept_weights(load_pipeline, spec, sample_fn, train, test, out,
+                                 replace(config, sample_epoch=epoch), distributed)
+        if distributed.rank==0: collect_records(out)
+        barrier(distributed)
     if is_complete(out, schedule, first_step, config): return
     with stop_at_once(stopped_message(out.name, first_step, schedule.total_steps)):
         pipe = load_pipeline(distributed.device)
@@ -939,7 +943,8 @@ def _train_from_checkpoint(load_pipeline, spec, sample_fn, train, test, out, con
 
     end, epochs = run.end_step, schedule.checkpoints[run.end_step]
     batches = batch_indices(len(train.names), config.batch_size, epochs, config.seed, first_step)
-    batches = progress(batches, out.name, end-first_step, config.max_minutes)
+    batches = progress(batches, out.name, end-first_step, config.max_minutes,
+                       log_interval(distributed))
     for step,indices in enumerate(batches, first_step+1):
         set_trainable(run.models, step, run.last_trained)
         batch = next_batch(run, step, indices)

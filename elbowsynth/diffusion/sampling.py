@@ -17,7 +17,7 @@ from ..data.classes import caption, PATHOLOGIES, region_of, VIEWS
 from ..data.images import read_image, write_png
 from ..data.masks import heuristic_mask
 from .latents import InpaintDataset, seeded_generator
-from .distributed import barrier, DistributedContext
+from .distributed import barrier, DistributedContext, log_interval
 
 # %% ../../nbs/4_diffusion/47_sampling.ipynb #ea7b391e
 def composite(
@@ -107,7 +107,8 @@ def inpaint_images(
     padded = pending+pending[:1]*(-len(pending)%distributed.world_size)
     own = [*enumerate(padded)][distributed.rank::distributed.world_size]
     with inference_mode(pipe, autocast_dtype):
-        for k,start in progress(own, f'Inpainting, {type(pipe).__name__}', max_minutes=max_minutes):
+        desc, log_every_s = f'Inpainting, {type(pipe).__name__}', log_interval(distributed)
+        for k,start in progress(own, desc, None, max_minutes, log_every_s):
             batch = slice(start, start+batch_size)
             x = torch.from_numpy(images[batch])[:, None]/255
             mask = torch.from_numpy(masks[batch])[:, None]/255

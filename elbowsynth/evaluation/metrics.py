@@ -1042,7 +1042,6 @@ def score_run(
                 out, group, test, run/images, [*settings, key], size, extractor, device)
         features_of[subset] = score_set(
             out, jobs, pairs, load_real, subset, extractor, device, max_minutes, key, resize)
-
     if only_checkpoints: return {'n_pairs': len(test), 'n_validation_pairs': len(validation)}
     return gather_scores(out, checkpoints, baseline_names, test, _metric_conventions(size) | {
         'missing_models': [m for m in models if m not in set(checkpoints.model)],
