@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'STOPPED', 'Job', 'LogTee', 'progress_bar', 'log', 'exit_with_parent', 'failure_message', 'JobStopped',
            'pass_on_sigterm', 'stopped_position', 'no_step_done', 'read_record', 'new_record', 'ended_record',
-           'done_contents', 'run_stage', 'run_job']
+           'done_contents', 'run_job']
 
 # %% ../nbs/9_run/89_job.ipynb #8040c1cb
 import contextlib, importlib.metadata, json, logging, os, platform, re, shutil, signal
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from .core import format_duration, root, save_json
 from .stages import without_examples
+from .provenance import provenance
 
 # %% ../nbs/9_run/89_job.ipynb #6ad033c5
 KINDS = { # Stage to the kind of its job in the file of a cluster; other stages are `data`
@@ -271,52 +272,15 @@ def _commit():
 def done_contents(
     job:Job, # A job that is done
     data_hash:str='', # Hash of the user's radiographs
+    folder:Path=None, # Folder of the run; without it there are no hashes of inputs and outputs
 )->dict: # For `OUT/stage.json` or `jobs/JOB.json`
-    "What a result was made with: parameters, code, versions, commit and machine"
-    return {
+    "What a result was made with: parameters, code, versions, commit, machine, inputs"
+    hashes = provenance(folder, job.values) if folder and not job.is_part() else {}
+    return hashes | {
         **asdict(job), 'data_hash': data_hash,
         'python': platform.python_version(), 'versions': _package_versions(), 'commit': _commit(),
         'device': job.values.get('device', 'cpu'), 'host': platform.node(),
         'slurm_job': os.environ.get('SLURM_JOB_ID', '')}
-
-# %% ../nbs/9_run/89_job.ipynb #8e8a487c
-def run_stage(
-    job:Job, # What to run
-    position:str, # Such as `3 of 13`
-)->int: # 0, or 1 after a failure, which has been reported
-    "Run a stage's notebook; write its executed copy, its log and, at the end, `stage.json`"
-    top, title = root(), f'stage {position}: {job.name}'
-    _restore_user_cache()
-    folder = top/job.values['run']
-    copy, log_path = folder/'notebooks'/Path(job.notebook).name, folder/'logs'/f'{job.name}.log'
-    record = log_path.with_suffix('.json')
-    for path in (copy, log_path): path.parent.mkdir(parents=True, exist_ok=True)
-    for path in (copy, record): path.unlink(missing_ok=True)     # of an earlier attempt
-    _remove_leftovers(folder/job.out)
-    if 'ELBOWSYNTH_PARENT_PID' in os.environ:
-        parent = int(os.environ['ELBOWSYNTH_PARENT_PID'])
-        threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
-    log(title)
-    start = time.monotonic()
-    with log_path.open('w') as log_file:
-        error = _execute(
-            job, copy, log_file, lambda line: log(f'{title}   {line}', transient=True))
-        if error:
-            message = failure_message(error, top/job.notebook, copy)
-            log_file.write('\n'.join(getattr(error, 'traceback', None) or [message]))
-    if error:
-        log(f'{title} FAILED in {message}\n\n'
-            f'          log            {log_path.relative_to(top)}\n'
-            f'          executed copy  {copy.relative_to(top)}\n')
-        save_json(record, {'stage': job.name, 'failed': message})
-        return 1
-    seconds = time.monotonic()-start
-    save_json(record, {'stage': job.name, 'seconds': round(seconds, 1)})
-    python = '.'.join(map(str, sys.version_info[:3]))
-    written = {**asdict(job), 'python': python, 'versions': _package_versions()}
-    save_json(folder/job.out/'stage.json', written)
-    log(f'{title} done in {format_duration(seconds)}')
-    return 0
 
 # %% ../nbs/9_run/89_job.ipynb #7cad2f8d
 @dataclass
@@ -387,7 +351,7 @@ def run_job(
         _say_failed(title, message, paths)
         save_json(paths.record, ended_record(record, 'failed', failed=message))
         return 1
-    save_json(paths.done, done_contents(job, data_hash))
+    save_json(paths.done, done_contents(job, data_hash, folder))
     record = ended_record(record, 'done')
     save_json(paths.record, record)
     log(f'{title} done in {format_duration(record["seconds"])}')

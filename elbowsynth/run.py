@@ -401,7 +401,7 @@ def summarize(
         duration = format_duration(float(installed.read_text() or 0))
         log(f'    {"installation":<18}{duration:>8}')
     if any(job.name=='figures' for job in jobs): log(f'report: {write_report(folder)}')
-    else: log(f'results: {", ".join(str((folder/j.out).relative_to(root())) for j in jobs[-2:])}')
+    else: log(f'results: {", ".join(str((folder/j.out).relative_to(root())) for j in whole[-2:])}')
     return 0
 
 # %% ../nbs/9_run/90_run.ipynb #47559df8
@@ -553,7 +553,7 @@ def study(
 
 # %% ../nbs/9_run/90_run.ipynb #2df18e26
 def _build_parser():
-    "The command line: `study`, `defaults`, and `stage` for the workflow"
+    "The command line: `study`, `status`, `verify`, `defaults`, and `stage` for the workflow"
     description = 'Synthetic elbow radiographs: the study and its stages'
     parser = argparse.ArgumentParser(prog='elbowsynth', description=description)
     commands = parser.add_subparsers(dest='command', required=True)
@@ -572,6 +572,10 @@ def _build_parser():
                    help='description of the cluster (default: workflow/slurm.yaml)')
     s.add_argument('--dry', action='store_true',
                    help='list the jobs with their estimated needs; nothing is run')
+    for name,what in (('status', 'list the jobs of a run and how far they are'),
+                      ('verify', 'list the results of a run that no longer match')):
+        of_run = commands.add_parser(name, help=what)
+        of_run.add_argument('run', help='folder of a run, or its name below _runs')
     commands.add_parser('defaults', help='record the parameters cells in params/defaults.json')
     stage = commands.add_parser('stage', help='run one job of a plan (called by the workflow)')
     stage.add_argument('name')
@@ -617,6 +621,13 @@ def describe_os_error(
     fix = fixes.get(error.errno, 'mend this')
     return f'{error.strerror}{where}; fix: {fix}, then rerun the same command to resume'
 
+# %% ../nbs/9_run/90_run.ipynb #2b84c73e
+def _look_at_run(command, name):
+    "Print what a run is doing, or which of its results no longer match; the exit code"
+    from elbowsynth.status import find_run, print_status, print_verification    # it imports this
+    run = find_run(name)
+    return print_status(run) if command=='status' else print_verification(run)
+
 # %% ../nbs/9_run/90_run.ipynb #f1906f03
 def main():
     "The command line `python -m elbowsynth.run`"
@@ -624,6 +635,7 @@ def main():
     try:
         if args.command=='stage': sys.exit(_run_planned_stage(args.name, args.plan))
         if args.command=='defaults': sys.exit(0 if record_defaults(root()/'nbs') else 1)
+        if args.command in ('status', 'verify'): sys.exit(_look_at_run(args.command, args.run))
         settings = [setting for text in args.set for setting in split_settings(text)]
         if args.dry: sys.exit(_list_jobs(args, settings))
         sys.exit(study(args.profile, args.data, args.run, settings, args.target, args.cores,
