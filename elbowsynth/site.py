@@ -276,8 +276,8 @@ def finding_text(
     first = escape_text(found[0].title) if found else 'no scores to compare'
     text = f'**Finding of the run** {code_text(facts["run"])}**:** {first}.'
     if not is_simulated(facts['values']): return text
-    return text+(' The radiographs are simulated, so this is no evidence about patients, and no answer '
-                 'yet to whether diffusion models are better than GANs.')
+    return text+(' The radiographs are simulated, so this is no evidence about patients, and no '
+                 'answer yet to whether diffusion models are better than GANs.')
 
 def findings_text(
     found:list[Finding], # As returned by `findings`

@@ -14,7 +14,7 @@ from pathlib import Path
 from .core import format_duration, root, round_floats
 from .job import Job, read_record
 from .provenance import folder_hash, recorded
-from .run import code_hash, folder_state
+from .staleness import code_hash, folder_state
 
 # %% ../nbs/9_run/94_status.ipynb #32d227d8
 def find_run(
@@ -113,6 +113,7 @@ def progress_text(
     _, done, total, _, left = lines[-1]
     return f'{done} of {total}, about {left} left'
 
+# %% ../nbs/9_run/94_status.ipynb #f5621e16
 LAST_METRICS = {'log.jsonl': ('epoch', 'loss', 'wasserstein', 'd_loss_real', 'g_adv'),
                 'validation.jsonl': ('validation_loss',),
                 'checkpoint_metrics.jsonl': ('ms_ssim', 'nn_distance')}
@@ -151,6 +152,7 @@ def _job_text(job, run, state, record):
     metrics = last_metrics(run/job.out) if is_training else ''
     return '; '.join(t for t in (progress_text(run/'logs'/f'{job.name}.log'), metrics) if t)
 
+# %% ../nbs/9_run/94_status.ipynb #1a870bf4
 def run_status(
     run:Path, # Folder of a run
 )->list[JobStatus]: # In the order of the plan

@@ -4,7 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import ROOT, sh
-from elbowsynth.run import dependencies, imported_modules
+from elbowsynth.run import dependencies
+from elbowsynth.staleness import imported_modules
 from elbowsynth.stages import stages
 
 NBS, LIBRARY = ROOT/'nbs', ROOT/'elbowsynth'
@@ -314,9 +315,10 @@ IMPORTS = {
     'diffusion': BASE | {'data', 'phantom', 'evaluation', 'training'},
     'report': BASE | {'data', 'phantom', 'evaluation', 'training', 'gans', 'diffusion'},
     'experiments': BASE | {'data', 'phantom', 'evaluation', 'training', 'gans', 'diffusion', 'report'},
-    'job': BASE,
+    'staleness': BASE, 'provenance': set(), 'job': BASE | {'provenance'},
     'cluster': BASE | {'data', 'diffusion', 'job'},
-    'run': BASE | {'report', 'job', 'cluster'},                 # report: secure_page
+    'status': BASE | {'job', 'provenance', 'staleness'}, 'costs': BASE | {'data', 'diffusion', 'job', 'cluster'},
+    'run': BASE | {'report', 'job', 'cluster', 'staleness', 'status', 'costs'},       # report: secure_page; its command line calls status and costs
     'site': BASE | {'data', 'phantom', 'evaluation', 'training', 'gans', 'diffusion', 'report', 'experiments', 'run'}}
 
 def part_of(module): return module.split('.')[0]

@@ -7,7 +7,8 @@ import elbowsynth
 import elbowsynth.run
 from conftest import ROOT, sh
 from elbowsynth.core import require_path
-from elbowsynth.run import _workflow_command, _write_plan, code_hash, environment, imported_modules, job_values, plan
+from elbowsynth.run import _workflow_command, _write_plan, environment, job_values, plan
+from elbowsynth.staleness import code_hash, imported_modules
 from elbowsynth.stages import StageFinished, notebook_profile, record_defaults, stages
 
 def notebook(path, parameters, body):

@@ -175,7 +175,8 @@ def _lead_pieces(small_image, covered, text_height):
     is_lead = (top_hat>80) & (small_image>=max(170, np.quantile(small_image[::4, ::4], .97)))
     wholes, whole_boxes = cv2.connectedComponentsWithStats(is_lead.astype(np.uint8))[1:3]
     whole_size = np.maximum(whole_boxes[:, 2], whole_boxes[:, 3])
-    is_marker = (whole_size<=.12*side) & (whole_size>=text_height)  # larger: frame or bone; smaller: noise
+    # Larger: frame or bone; smaller: noise
+    is_marker = (whole_size<=.12*side) & (whole_size>=text_height)
     components = cv2.connectedComponentsWithStats((is_lead & ~covered).astype(np.uint8))
     labels, boxes = components[1:3]
     l,t,w,h,_ = boxes.T
@@ -257,7 +258,7 @@ def paint_over(
 def remove_overlay(
     image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16
 )->tuple: # The image without overlay, same shape and type, and a bool mask of what was inpainted
-    "Inpaint burned-in text and rulers, white, black or colored; lead letters are kept, unless text crosses them"
+    "Inpaint burned-in text and rulers of any color; lead letters stay unless text crosses them"
     overlay = find_overlay(image)[0]
     return paint_over(image, overlay), overlay
 

@@ -189,6 +189,7 @@ def _baseline_detail(found, names):
         parts.append(f'{where}: {", ".join(scores)}; {reference_name(baseline)} {other}.')
     return ' '.join(parts)
 
+# %% ../../nbs/6_report/84_report.ipynb #e8cf6728
 def _mmd_sentence(comparison, task, names):
     "What the baselines say by MMD², where SSIM alone would mislead"
     t = comparison[(comparison.task==task) & (comparison.metric=='mmd2')
