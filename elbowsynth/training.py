@@ -12,8 +12,8 @@ __all__ = ['CHECKSUMS', 'REFRESH_S', 'STALE_S', 'TAKEOVER_S', 'get_device', 'con
            'setting_changes', 'claim_training_dir', 'print_start', 'save_samples', 'lr_factor', 'EMA']
 
 # %% ../nbs/0_core/04_training.ipynb #b2d30c78
-import _thread, contextlib, ctypes, fcntl, json, os, shutil, signal, socket, sys, tempfile
-import threading, time, zlib
+import _thread, contextlib, ctypes, fcntl, json, os, shutil, signal, socket, sys, threading
+import time, zlib
 import numpy as np, pandas as pd, torch
 from pathlib import Path
 from types import SimpleNamespace
@@ -447,14 +447,21 @@ def _this_process():
             'slurm_job': os.environ.get('SLURM_JOB_ID', '')}
 
 def _read_lock(path):
-    "The owner that a lock file names, and its age in seconds by the clock of the file server"
+    "The owner that a lock file names, and when the file was refreshed"
     with path.open('rb') as f:                          # opening it asks the server, not a cache
-        text, modified = f.read().decode(errors='replace'), os.fstat(f.fileno()).st_mtime
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix='.part-') as new:
-        age = os.fstat(new.fileno()).st_mtime-modified
+        text, refreshed = f.read().decode(errors='replace'), os.fstat(f.fileno()).st_mtime
     try: owner = json.loads(text)
     except ValueError: owner = {}
-    return owner if isinstance(owner, dict) else {'pid': owner}, age
+    return owner if isinstance(owner, dict) else {'pid': owner}, refreshed
+
+def _age(path, refreshed):
+    "Seconds since a lock file was refreshed, by the clock of its file server"
+    probe = path.with_name(f'{path.name}-{socket.gethostname()}')
+    with probe.open('w') as f:
+        os.utime(f.fileno())
+        now = os.fstat(f.fileno()).st_mtime
+    probe.unlink()
+    return now-refreshed
 
 def _names_this_process(path):
     "Whether a lock file is this process's own; False if it cannot be read"
@@ -485,19 +492,20 @@ def _is_alive(pid):
 def _check_owner(path, flocked):
     "Raise an error if a lock file has another owner; whether it was left by another host"
     here = socket.gethostname()
-    owner, age = _read_lock(path)
+    owner, refreshed = _read_lock(path)
     if owner.get('host', here)==here:
         if not flocked and _is_alive(owner.get('pid')): raise _locked_error(path, owner)
         return False
+    age = _age(path, refreshed)
     if age<STALE_S: print(
         f'{path.name} is of {owner["host"]}, refreshed {age:.0f} s ago: waiting whether it is '
         f'refreshed again, {STALE_S} s at most', flush=True)
     while age<STALE_S:
         time.sleep(REFRESH_S/4)
-        owner, new_age = _read_lock(path)
-        if new_age<age: raise _locked_error(path, owner)
+        owner, now_refreshed = _read_lock(path)
+        if now_refreshed>refreshed: raise _locked_error(path, owner)
         if stop_requested(): raise TrainingStopped(f'{path.name}: stopped by SIGTERM while waiting')
-        age = new_age
+        refreshed, age = now_refreshed, _age(path, now_refreshed)
     print(f'{path.name} of {owner.get("host")} was not refreshed for {age:.0f} s: it is taken over')
     return True
 

@@ -3,7 +3,7 @@ import errno, json, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pytest
 from conftest import ROOT
-from kills import differing_files
+from kills import differing_files, run_with_kills
 from elbowsynth import training
 from elbowsynth.gans import ac_gan, wgan_gp
 from elbowsynth.training import lock_training, stop_requested, TrainingStopped
@@ -344,6 +344,23 @@ def test_sigterm_while_images_are_generated_stops_at_once(options, tuned, tmp_pa
     toy_tune(out)
     assert same_files(tuned, out)
 
+CHAIN = [dict(stop_epoch=1), dict(sample_epoch=1), dict(stop_epoch=3), dict(sample_epoch=3), dict(sample_epoch=0), {}]
+
+def tune_in_parts(out):
+    for part in CHAIN: toy_tune(out, **part)
+
+def check_kills_in_a_chain(tuned, folder, n_kills, seed=0):
+    "kill -9 at a file operation; then all jobs again"
+    differing = run_with_kills(tune_in_parts, folder, n_kills, seed)
+    assert len(differing)==n_kills and differing=={moment: [] for moment in differing}
+    assert differing_files(tuned, folder/'undisturbed'/'out')==[]
+
+def test_kills_in_a_chain(tuned, tmp_path): check_kills_in_a_chain(tuned, tmp_path, 5)
+
+@pytest.mark.long('50 kills, two minutes')
+def test_fifty_kills_in_a_chain(tuned, tmp_path): check_kills_in_a_chain(tuned, tmp_path, 50, seed=1)
+
+@pytest.mark.long('six trainings and samplings of a small SDXL, 10 s')
 def test_parts_of_sdxl(tmp_path):
     "With a real U-Net, text encoders and sampler"
     options = dict(QUICK_SDXL, base_model='tiny-sdxl-random', checkpoint_every=1, epochs=2)

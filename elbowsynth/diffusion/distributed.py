@@ -129,13 +129,17 @@ def read_nodes(
     environ:dict, # Environment variables
 )->Nodes:
     "The nodes that environment variables name; one node without them"
-    n = int(environ.get('ELBOWSYNTH_N_NODES') or environ.get('SLURM_JOB_NUM_NODES') or 1)
+    n = int(environ.get('ELBOWSYNTH_N_NODES') or 1)
     if n==1: return Nodes()
     rendezvous, job = environ.get('ELBOWSYNTH_RENDEZVOUS', ''), environ.get('SLURM_JOB_ID', '')
     if rendezvous: return Nodes(n, rendezvous, job or 'elbowsynth')
     if not job: raise ValueError(
         f'ELBOWSYNTH_N_NODES is {n}, and ELBOWSYNTH_RENDEZVOUS is not set; expected HOST:PORT of '
         'one of the nodes, the same on all; fix: export ELBOWSYNTH_RENDEZVOUS=HOST:29500')
+    n_of_job = int(environ.get('SLURM_JOB_NUM_NODES') or 1)
+    if n_of_job<n: raise ValueError(
+        f'ELBOWSYNTH_N_NODES is {n}, the Slurm job has {n_of_job} nodes; expected as many; '
+        f'fix: sbatch --nodes={n}')
     return Nodes(n, f'{socket.gethostname()}:{20000+int(job)%10000}', job, True)
 
 # %% ../../nbs/4_diffusion/46_distributed.ipynb #8e2974ec

@@ -183,7 +183,7 @@ def claim_evaluation(
         names = (out/f'evaluation-previous-{i}' for i in range(1, 1000))
         aside = next(p for p in names if not p.exists())
         aside.mkdir()
-        for old in present: old.rename(aside/old.name)
+        for old in present: shutil.move(old, aside/old.name)        # another folder: may be copied
         changed = ', '.join(k for k in config if before.get(k)!=config[k])
         print(f'{out.name}: {changed} changed; the samples and validation losses made before are '
               f'kept in {aside.name}')
