@@ -247,7 +247,7 @@ def new_record(
     "The record of a job that has just started"
     is_new = before.get('state') in (None, 'done')
     return {
-        'job': job.name, 'stage': job.stage, 'state': 'running', 'started': round(time.time(), 1),
+        'job': job.name, 'stage': job.stage, 'state': 'running', 'started': int(time.time()),
         'host': platform.node(), 'pid': os.getpid(),
         'slurm_job': os.environ.get('SLURM_JOB_ID', ''),
         'n_starts': 1 if is_new else before.get('n_starts', 1)+1}
@@ -259,7 +259,7 @@ def ended_record(
 )->dict:
     "The record of a job that has ended"
     seconds = round(time.time()-record['started'], 1)
-    return record | {'state': state, 'ended': round(time.time(), 1), 'seconds': seconds} | values
+    return record | {'state': state, 'ended': int(time.time()), 'seconds': seconds} | values
 
 # %% ../nbs/9_run/89_job.ipynb #ef252450
 def _commit():

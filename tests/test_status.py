@@ -39,6 +39,7 @@ def test_status_of_a_running_study(killed):
     assert lines[0].endswith('_runs/demo: 1 of 3 jobs done') and running.returncode==0, running.stdout+running.stderr
     assert lines[1].split()[:2]==['a', 'done'] and lines[2].split()[:2]==['b', 'running'] and lines[-1].split()==['c', 'waiting']
     assert 'of 6, about' in running.stdout and 'logs/b.log' in running.stdout
+    assert lines[2].split()[2].startswith('0:'), 'a job that has run for seconds'
     assert is_unchanged, 'status has written into the run'
 
 def test_a_killed_study_has_died(killed):
