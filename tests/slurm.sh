@@ -18,7 +18,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # A requeued job starts after cred_expire seconds (120 by default)
-AuthInfo=socket=$folder/munge/socket,cred_expire=2
+AuthInfo=socket=$folder/munge/socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPort=16817
 SlurmdPort=16818

@@ -581,3 +581,101 @@ def test_killed_study_resumes(toy, killed):
     assert stages_run(done)==['b', 'c'] and (model/'starts').read_text()=='ss'
     assert (toy/'_runs'/'demo'/'report'/'steps').read_text()=='6'
     assert re.search(r'stage 2 of 3: b   Steps: \d of \d, 0:\d\d so far, about 0:\d\d left', done.stderr)   # progress of a long loop
+
+# SIGTERM of a scheduler, and the records of jobs
+
+FAKE_SLURM = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$SLURM_CALLS"
+if [ "$(basename "$0")" = squeue ]; then echo "$SLURM_STATE"; fi
+"""
+
+def start_job(toy, name, log, **env):
+    "A job of the plan, as Snakemake starts it"
+    base = {k: v for k, v in os.environ.items() if not k.startswith('ELBOWSYNTH_')} | {'PYTHONPATH': str(toy), 'ELBOWSYNTH_RUNNER': '1'}
+    with log.open('a') as f:
+        return subprocess.Popen([sys.executable, '-m', 'elbowsynth.run', 'stage', name, 'plan.json'], cwd=toy/'_runs'/'demo', env=base | env, stderr=f, stdout=f)
+
+@pytest.fixture
+def planned(toy, monkeypatch):
+    "The toy checkout, and a function that writes the plan of a run"
+    monkeypatch.chdir(toy)
+    monkeypatch.setattr(elbowsynth, '__path__', [*elbowsynth.__path__, str(toy/'elbowsynth')])
+    def write(*settings):
+        folder, jobs = plan('demo', settings=settings)
+        (toy/folder).mkdir(parents=True)
+        _write_plan(toy/folder, jobs, '', 2)
+    return toy, write
+
+def job_record(toy, name): return json.loads((toy/'_runs'/'demo'/'logs'/f'{name}.json').read_text())
+
+def test_sigterm_stops_a_job_and_the_same_command_goes_on(planned):
+    toy, write = planned
+    write('sleep=0.5')
+    process = start_job(toy, 'b', toy/'b.txt')
+    wait_for(lambda: (toy/'_runs'/'demo'/'model'/'step2').exists())
+    assert job_record(toy, 'b')['state']=='running' and job_record(toy, 'b')['pid']==process.pid
+    process.terminate()
+    assert process.wait(timeout=30)==75
+    stopped = job_record(toy, 'b')
+    assert stopped['state']=='stopped' and re.fullmatch(r'[23] of 6', stopped['position']) and stopped['ended']-stopped['started']<30
+    assert 'stopped by SIGTERM' in (toy/'b.txt').read_text() and not (toy/'_runs'/'demo'/'model'/'stage.json').exists()
+    assert start_job(toy, 'b', toy/'b.txt').wait(timeout=60)==0
+    done = job_record(toy, 'b')
+    assert (done['state'], done['n_starts'])==('done', 2) and len(list((toy/'_runs'/'demo'/'model').glob('step*')))==6
+
+@pytest.mark.parametrize('state, requeued', [('RUNNING', True), ('CANCELLED', False)])
+def test_a_stopped_slurm_job_goes_back_into_the_queue_unless_it_comes_no_further(planned, tmp_path, state, requeued):
+    toy, write = planned
+    write('sleep=100')
+    (tmp_path/'bin').mkdir()
+    for name in ('squeue', 'scontrol'):
+        (tmp_path/'bin'/name).write_text(FAKE_SLURM)
+        (tmp_path/'bin'/name).chmod(0o755)
+    calls = tmp_path/'calls'
+    calls.touch()
+    env = {'PATH': f'{tmp_path/"bin"}:{Path(sys.executable).parent}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '12', 'SLURM_CALLS': str(calls), 'SLURM_STATE': state}
+    codes = []
+    for start in (1, 2):
+        process = start_job(toy, 'b', toy/'b.txt', **env)
+        wait_for(lambda: (toy/'_runs'/'demo'/'model'/'starts').exists() and (toy/'_runs'/'demo'/'model'/'starts').read_text()=='s'*start)
+        process.terminate()
+        codes.append(process.wait(timeout=30))
+    assert codes==[75, 1] and job_record(toy, 'b')['state']=='failed'
+    assert calls.read_text().count('scontrol requeue 12')==int(requeued)                # not the second time, not a job that was cancelled
+    assert 'twice without a step in between' in (toy/'b.txt').read_text() and 'fix: raise `hours`' in (toy/'b.txt').read_text()
+
+@pytest.mark.long('three studies, 12 s')
+def test_results_with_other_values_do_not_count_as_done(toy):
+    "Also where Snakemake has no record of them, as after a job whose study was killed"
+    study(toy, '--target', 'a')
+    shutil.rmtree(toy/'_runs'/'demo'/'.snakemake')
+    assert stages_run(study(toy, '--target', 'a'))==[]
+    assert stages_run(study(toy, '--target', 'a', '--set', 'n=5'))==['a']
+    assert json.loads((toy/'_runs'/'demo'/'raw'/'images.json').read_text())==[0, 1, 2, 3, 4]
+
+def test_separate_jobs_of_a_profile_count_on_a_cluster_only(planned):
+    toy, write = planned
+    body = "stop_epoch: int = -1  # Stop here\nepochs: int = 4  # Epochs\ncheckpoint_every: int = 2  # Between checkpoints"
+    notebook(toy/'nbs'/'2_models'/'02_b.ipynb', B_PARAMETERS+'\n'+body, B_BODY)
+    (toy/'params'/'parts.yaml').write_text('separate_jobs: [b]')
+    assert [j.name for j in plan('parts')[1]]==['a', 'b', 'c']
+    jobs = {j.name: j for j in plan('parts', cluster='slurm')[1]}
+    assert list(jobs)==['a', 'b.train_0002', 'b.train_0004', 'b', 'c']
+    assert jobs['b'].dependencies==['a', 'b.train_0002', 'b.train_0004'] and jobs['b.train_0004'].dependencies==['b.train_0002']
+    part, whole = jobs['b.train_0002'], jobs['b']
+    assert {k for k in whole.values if whole.values[k]!=part.values[k]}=={'stop_epoch'} and part.code_hash==whole.code_hash
+    (toy/'params'/'parts.yaml').write_text('separate_jobs: [bb]')
+    with pytest.raises(ValueError, match="no stage is called 'bb'"): plan('parts')
+
+def test_the_names_of_wgan_gps_are_those_of_their_folders():
+    from elbowsynth.cluster import wgan_gp_names
+    from elbowsynth.data.classes import PATHOLOGIES, VIEWS
+    from elbowsynth.gans.wgan_gp import model_folder
+    assert wgan_gp_names()==[model_folder(view, pathology) for view in VIEWS for pathology in PATHOLOGIES]
+
+def test_checkpoints_of_a_plan_are_those_of_the_trainings():
+    from elbowsynth.cluster import checkpoints
+    from elbowsynth.diffusion.finetune import checkpoint_schedule
+    for epochs, boost, every in ((200, 20, 20), (1, 1, 1), (5, 2, 2), (5, 0, 2)):
+        schedule = checkpoint_schedule(10, 1, epochs, boost, every)
+        assert checkpoints({'epochs': epochs, 'boost_epochs': boost, 'checkpoint_every': every})==list(schedule.checkpoints.values())
