@@ -8,7 +8,7 @@ __all__ = ['CHECKSUMS', 'REFRESH_S', 'STALE_S', 'TAKEOVER_S', 'get_device', 'con
            'DamagedFile', 'save_tensors', 'load_tensors', 'previous_checkpoint', 'TrainingDiverged', 'first_nonfinite',
            'verify_checkpoint', 'restore_checkpoint', 'raise_diverged', 'keep_as', 'save_checkpoint', 'check_names',
            'load_checkpoint', 'NanGuard', 'all_finite', 'TrainingStopped', 'stop_requested', 'stopped_message',
-           'stop_if_requested', 'stop_on_sigterm', 'stop_at_once', 'remove_leftovers', 'lock_training',
+           'stop_if_requested', 'stop_on_sigterm', 'stop_at_once', 'files_below', 'remove_leftovers', 'lock_training',
            'setting_changes', 'claim_training_dir', 'print_start', 'save_samples', 'lr_factor', 'EMA']
 
 # %% ../nbs/0_core/04_training.ipynb #b2d30c78
@@ -616,14 +616,23 @@ def stop_at_once(
     finally: _stop.at_once = outer
 
 # %% ../nbs/0_core/04_training.ipynb #7fb35ac5
+def files_below(
+    folder:Path, # A folder
+    skipped:tuple=(), # Names of folders in it that are left out
+): # Yields paths
+    "Files in a folder and below, also while other processes rename and remove some of them"
+    for parent,folders,names in os.walk(folder):
+        if Path(parent)==Path(folder): folders[:] = [f for f in folders if f not in skipped]
+        for name in names: yield Path(parent)/name
+
 def remove_leftovers(
     folder:Path, # A folder
     shared:tuple=(), # Names of folders in it that other processes write into
 ):
     "Remove temporary files of an interrupted run and the record of a divergence"
     folder = Path(folder)
-    for path in list(folder.rglob('.part-*')):
-        if path.relative_to(folder).parts[0] not in shared: path.unlink(missing_ok=True)
+    for path in list(files_below(folder, shared)):
+        if path.name.startswith('.part-'): path.unlink(missing_ok=True)
     (folder/'diverged.json').unlink(missing_ok=True)            # trainings in it keep their own
 
 # %% ../nbs/0_core/04_training.ipynb #959192d8

@@ -272,6 +272,16 @@ def test_sampling_while_the_training_goes_on(tuned, tmp_path):
     toy_tune(out)
     assert same_files(tuned, out)
 
+def test_folders_may_vanish_while_files_are_listed(tmp_path):
+    "A job that samples renames its folders while one that trains looks for leftovers"
+    for name in ('a.txt', 'raw/.0001/b.png', 'samples/c.png'):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).touch()
+    files = training.files_below(tmp_path, skipped=('samples',))
+    assert next(files)==tmp_path/'a.txt'
+    (tmp_path/'raw').rename(tmp_path/'raw-2')
+    assert list(files)==[] and {p.name for p in training.files_below(tmp_path)}=={'a.txt', 'b.png', 'c.png'}
+
 def files_of(folder): return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 def test_sampling_needs_the_weights_and_settings_of_the_training(tmp_path, capsys):

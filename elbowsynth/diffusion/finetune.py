@@ -26,10 +26,10 @@ from ..core import (
     atomic_write, content_hash, progress, require_path, root, round_floats, save_json, sync_to_disk)
 from ..training import (
     batch_indices, check_names, checkpoint_steps, claim_training_dir, DamagedFile, EMA,
-    first_nonfinite, JsonlLogger, keep_as, last_epoch, load_checkpoint, lock_training, lr_factor,
-    previous_checkpoint, print_start, raise_diverged, remove_leftovers, restore_checkpoint,
-    save_checkpoint, save_tensors, setting_changes, stop_at_once, stop_on_sigterm, stop_requested,
-    stopped_message, TrainingDiverged, TrainingStopped)
+    files_below, first_nonfinite, JsonlLogger, keep_as, last_epoch, load_checkpoint, lock_training,
+    lr_factor, previous_checkpoint, print_start, raise_diverged, remove_leftovers,
+    restore_checkpoint, save_checkpoint, save_tensors, setting_changes, stop_at_once,
+    stop_on_sigterm, stop_requested, stopped_message, TrainingDiverged, TrainingStopped)
 from ..data.images import read_image
 from .adafactor import Adafactor
 from .base_models import file_checksums
@@ -367,6 +367,7 @@ def estimate_resources(
     n_variants = (2 if config.flip_probability else 1)*(9 if config.max_translation_px else 1)
     n_latents = 4*n_images*n_variants if config.cache_latents else 0  # mean and std, masked or not
     n_checkpoints = 5 if config.boost_epochs else 3  # two of each, and one that is being written
+    if config.stop_epoch>=0: n_checkpoints += 1      # kept until its test pairs are inpainted
     return {'memory': weights+gradients+optimizer_state+ema,
             'disk': checkpoint*n_checkpoints+2*model+n_latents*latent_bytes}
 
@@ -381,7 +382,11 @@ def check_resources(
     name, disk = Path(out).name, resources['disk']
     memory = resources['memory']/(distributed.world_size if fsdp else 1)
     free = shutil.disk_usage(Path(out).parent).free
-    used = sum(p.stat().st_size for p in Path(out).rglob('*') if p.is_file())
+    sizes = {}                                      # of a file with two names only once
+    for path in files_below(out):
+        with contextlib.suppress(FileNotFoundError):            # another job may rename it
+            sizes[path.stat().st_ino] = path.stat().st_size
+    used = sum(sizes.values())
     if distributed.rank==0 and max(memory, disk)>1e9:
         print(f'{name}: {memory/1e9:.1f} GB of memory per process for weights, gradients and '
               f'optimizer state, without activations; {disk/1e9:.1f} GB of disk')
