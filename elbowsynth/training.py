@@ -179,6 +179,7 @@ def _checksum(tensor):
     kind = zlib.crc32(f'{tensor.dtype} {tuple(tensor.shape)}'.encode())
     return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), kind)
 
+# %% ../nbs/0_core/04_training.ipynb #d1a0277e
 def _state_checksum(state): return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 # %% ../nbs/0_core/04_training.ipynb #95b184a6
@@ -213,6 +214,7 @@ def _open_tensors(path):
         raise _damaged(path, 'its header differs from its checksum')
     return f, state, checksums
 
+# %% ../nbs/0_core/04_training.ipynb #66b22706
 def _read_tensor(path, f, checksums, name):
     "A tensor of an open file, after its checksum was compared"
     try: tensor = f.get_tensor(name)

@@ -148,6 +148,7 @@ def encode_clip_pooled(
     device = next(pipe.text_encoder.parameters()).device
     return (pipe.text_encoder(tokens.input_ids.to(device)).pooler_output,)
 
+# %% ../../nbs/4_diffusion/50_flux.ipynb #e0846a2e
 def encode_t5(
     pipe, # A FLUX pipeline
     captions:list[str], # n prompts

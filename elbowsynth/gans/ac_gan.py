@@ -167,6 +167,7 @@ def discriminator_accuracy(
     correct = predicted==y.split(field_sizes, 1)[0].argmax(1)
     return (score>0).double().mean(), correct.double().mean()
 
+# %% ../../nbs/3_gans/37_ac_gan.ipynb #6be8b034
 def accuracies(
     gen:nn.Module, # Switched to evaluation mode and back
     dis:nn.Module, # Switched to evaluation mode and back

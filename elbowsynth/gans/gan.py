@@ -118,6 +118,7 @@ def scale_channels(
     "Number of channels in a narrower or wider network"
     return max(1, round(n*width))
 
+# %% ../../nbs/3_gans/35_gan.ipynb #8511a164
 def n_upsamples(
     start:int, # Side of the smallest feature map
     size:int, # Side of the image
@@ -150,6 +151,7 @@ def up_block(
     "A row *Upsample + Conv2D* of the tables, with batch normalization and nonlinearity"
     return nn.Sequential(UpConv(n_in, n_out), nn.BatchNorm2d(n_out), act)
 
+# %% ../../nbs/3_gans/35_gan.ipynb #44370b2a
 def output_block(
     n_in:int, # Input channels
 )->nn.Sequential: # (n, n_in, h, w) to (n, 1, h, w) in [-1, 1]
@@ -192,6 +194,7 @@ def optimizer_step(
     loss.backward()
     opt.step()
 
+# %% ../../nbs/3_gans/35_gan.ipynb #06405ea8
 @contextmanager
 def no_param_grad(
     *nets:nn.Module, # Networks that gradients flow through but that are not trained
@@ -371,6 +374,7 @@ def total_steps(
     "Number of steps of a whole training"
     return -(-n*epochs//batch_size)                             # rounded up
 
+# %% ../../nbs/3_gans/35_gan.ipynb #b1024b9e
 def end_epoch(
     epochs:int, # Epochs of the whole training
     checkpoint_every:int, # Epochs between two checkpoints
@@ -415,6 +419,7 @@ def training_progress(
     is_complete = epoch is not None and (Path(out)/'samples'/f'{epoch:04d}').is_dir()
     return step, epoch if is_complete else None
 
+# %% ../../nbs/3_gans/35_gan.ipynb #ec6d3079
 def open_logs(
     out:Path, # Folder of the model
     tensorboard:bool, # Whether to log for TensorBoard, too

@@ -85,6 +85,7 @@ def critic_loss(
     penalty = gradient_penalty(critic, real, fake)
     return gp_weight*penalty-distance, distance, penalty
 
+# %% ../../nbs/3_gans/36_wgan_gp.ipynb #2ba2dbf1
 def generator_loss(
     critic:nn.Module, # Frozen
     fake:torch.Tensor, # (n, 1, h, w), attached to the generator's graph
