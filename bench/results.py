@@ -35,12 +35,16 @@ def markdown_table(rows):
     for r in round_to_4_digits(rows): lines.append([cell_text(r.get(c)) for c in columns])
     return ''.join('| '+' | '.join(line)+' |\n' for line in lines)
 
+def result_path(name, out=None):
+    "Where the results of a benchmark on this machine are, without the suffix"
+    slug = re.sub(r'\W+', '-', device()).strip('-').lower()
+    return Path(out or ROOT/'bench'/'results')/f'{name}-{slug}'
+
 def write_results(name, title, text, table, settings=None, rows=None, out=None):
     "Write both files atomically: title, text and `table`; for programs `settings` and `rows` (or `table`). Prints the path"
     where = device()
     page = f'# {title} on {where}\n\n{text.strip()}\n\n{markdown_table(table)}'
-    slug = re.sub(r'\W+', '-', where).strip('-').lower()
-    path = Path(out or ROOT/'bench'/'results')/f'{name}-{slug}'
+    path = result_path(name, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     values = round_to_4_digits({'device': where, 'settings': settings or {}, 'rows': rows or table})
     for suffix,content in (('.json', json.dumps(values, indent=1)+'\n'), ('.md', page)):
