@@ -132,6 +132,7 @@ def _study_values(known, profile, data, settings, folder, models):
     if errors: raise ValueError('; '.join(errors))
     return values
 
+# %% ../nbs/9_run/90_run.ipynb #d65c597e
 def plan(
     profile:str='demo', # Name of a file in `params`
     data:str='', # Folder of the user's radiographs; simulated ones if empty
@@ -404,6 +405,7 @@ def _read_cluster(cluster, site):
     if not cluster: return None
     return read_site(root()/Path(site or CLUSTERS[cluster]).expanduser())
 
+# %% ../nbs/9_run/90_run.ipynb #67d25d52
 def study(
     profile:str='demo', # Name of a file in `params`
     data:str='', # Folder of the user's radiographs; simulated ones if empty

@@ -631,6 +631,7 @@ def stage_results(
     section = re.sub(r'\{#fig-[\w-]+ ', '{', section)           # numbers belong to the examples
     return f'## In the run {{#in-the-run}}\n\n{lead}\n\n{section}'
 
+# %% ../nbs/9_run/91_site.ipynb #773e8d7c
 def add_stage_results(
     nb, # From `notebook_page`
     text:str, # From `stage_results`
@@ -1056,6 +1057,7 @@ def table_errors(
     if broken: errors.append(f'broken at a hyphen: {", ".join(dict.fromkeys(broken))}')
     return errors
 
+# %% ../nbs/9_run/91_site.ipynb #1eff29f4
 def navigation_errors(
     soup, # A parsed page
     name:str, # Its file
@@ -1115,6 +1117,7 @@ def file_errors(
     is_fuzzy = 'window.Fuse(' in text and FUZZY.search(text)
     return ['the search finds words that are only similar'] if is_fuzzy else []
 
+# %% ../nbs/9_run/91_site.ipynb #c5554297
 def check_site(
     site:Path, # A rendered site
 )->list[str]: # A line for each fault; empty if there is none

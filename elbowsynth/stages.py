@@ -55,6 +55,7 @@ def _parameters_cell(path):
 def _parameter_values(source):
     return {o.target.id: ast.literal_eval(o.value) for o in ast.parse(source).body}
 
+# %% ../nbs/0_core/01_stages.ipynb #2475a5d3
 def read_parameters(
     path:Path, # A notebook
 )->dict|None: # Parameter to value; None if the notebook is not a stage

@@ -196,6 +196,7 @@ def status_lines(
             lines.append(f'{name}: ' .replace('  : ', '    ')+'; '.join(d for d in details if d))
     return lines
 
+# %% ../nbs/9_run/94_status.ipynb #bb001106
 def print_status(
     run:Path, # Folder of a run
 )->int: # 1 if a job has failed or died, else 0

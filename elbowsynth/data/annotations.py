@@ -164,6 +164,7 @@ def mask_to_polygons(
     _, ends = np.nonzero(steps==-1)
     return [box_polygon(x, y0, 1, y1-y0) for x,y0,y1 in zip(columns, starts, ends)]
 
+# %% ../../nbs/2_data/23_annotations.ipynb #8ee79780
 def rle_polygons(
     counts:list|str, # As for `decode_rle`
     height:int, # Of the image, in pixels

@@ -73,6 +73,7 @@ def limb_profile(
     width = (profiles>.25).mean(1)
     return float(gaps.max(1).mean()), float(width[-3:].mean()-width[:3].mean())
 
+# %% ../../nbs/2_data/31_masks.ipynb #61ef44b0
 def limb_directions(
     image:np.ndarray, # (size, size), uint8, bone bright
     joint:np.ndarray, # (2,): x and y as fractions of the side

@@ -117,6 +117,7 @@ def find_strokes(
     is_ruler[0] = is_letter[0] = False                              # the background
     return Strokes(mask, labels, boxes, is_letter, is_ruler)
 
+# %% ../../nbs/2_data/29_overlays.ipynb #6311c542
 def text_mask(
     small_image:np.ndarray, # (h, w) uint8 thumbnail
     strokes:Strokes=None, # From `find_strokes`; searched if None
@@ -167,6 +168,7 @@ def _is_lead(gray, piece, covered):
     ring = gray[around & ~near & ~covered]
     return ring.size==0 or np.quantile(ring, .75)<np.median(core)-60
 
+# %% ../../nbs/2_data/29_overlays.ipynb #17cbecde
 def _lead_pieces(small_image, covered, text_height):
     "Bright, uniform pieces of the size of a lead letter, outside of `covered`"
     side = max(small_image.shape)
@@ -255,6 +257,7 @@ def paint_over(
     if image.ndim==2: return gray
     return np.where(overlay[..., None], gray[..., None], image)
 
+# %% ../../nbs/2_data/29_overlays.ipynb #4ebb9f57
 def remove_overlay(
     image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16
 )->tuple: # The image without overlay, same shape and type, and a bool mask of what was inpainted

@@ -224,6 +224,7 @@ def soft_border_width(
     evidence = (height*is_edge).sum(1)[max(0, k-3):k+4]
     return int(rows[max(0, k-3)+int(evidence.argmax())])
 
+# %% ../../nbs/2_data/30_preprocess.ipynb #cdf0bbe5
 def soft_field(
     small_image:np.ndarray, # (h, w) uint8 thumbnail
     box:tuple, # Top, left, bottom, right, from `exposed_field`
@@ -284,6 +285,7 @@ def _ends_sharply(small_image, area, gray_level, other_areas):
     is_saturated = min(gray_level-low, high-gray_level)<=4          # an arm in a cast ends sharply
     return bool(step_fraction>=(.6 if is_saturated else .3))
 
+# %% ../../nbs/2_data/30_preprocess.ipynb #964a2f61
 def constant_areas(
     small_image:np.ndarray, # (h, w) uint8 thumbnail
 )->list[ConstantArea]: # Of up to three gray levels, each larger than .4 % of the image

@@ -226,6 +226,7 @@ def regions_clause(
     epochs = dict.fromkeys(epoch_text(m, e, changes) for m,e in tested.items())
     return f'{text} ({", ".join(epochs)})'
 
+# %% ../../nbs/6_report/84_report.ipynb #85064290
 def inside_mask_sentence(
     tests:pd.DataFrame, # As in `significance_tests.csv`
     baseline:str, # As in `baseline_comparison.csv`
@@ -808,6 +809,7 @@ def _score_tables(evidence):
             table_rows('Table 1, models that inpaint', table1(best, 'inpainting', names),
                        inpainting_note+' Most of an inpainted image is the original itself.')]
 
+# %% ../../nbs/6_report/84_report.ipynb #ae813e81
 def _change_table(changes, names):
     "How training and the boosted learning rate changed SSIM"
     if not len(changes): return changes
