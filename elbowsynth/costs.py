@@ -419,16 +419,10 @@ def format_costs(
     return lines
 
 def print_costs(
-    profile:str='paper', # Name of a file in `params`
+    jobs:list[Job], # Of a study, from `elbowsynth.run.plan`
     data:str='', # Folder of the user's radiographs; those of Table 3 if empty
-    run:str='', # Name below `_runs`
-    settings:list[str]=(), # `name=value` or `stage.name=value`
-    targets:list[str]=(), # Stages to reach
-    cluster:str='', # `slurm` opens stages into parts
 )->int: # 0
     "Print the jobs of a study with what they need; nothing is started"
-    from elbowsynth.run import plan                             # it imports this module
-    _, jobs = plan(profile, data, run, settings, targets, cluster)
     counts = planned_counts(jobs, data)
     for line in format_costs(cost_table(jobs, counts), counts): print(line)
     return 0

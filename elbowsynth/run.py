@@ -486,7 +486,8 @@ def _list_jobs(args, settings):
     try: from elbowsynth.costs import print_costs
     except ImportError: raise RuntimeError(
         'DRY=1: the module elbowsynth.costs is missing; fix: complete the installation') from None
-    return print_costs(args.profile, args.data, args.run, settings, args.target, args.cluster)
+    _, jobs = plan(args.profile, args.data, args.run, settings, args.target, args.cluster)
+    return print_costs(jobs, args.data)
 
 # %% ../nbs/9_run/90_run.ipynb #3a426607
 def describe_os_error(
