@@ -317,7 +317,7 @@ IMPORTS = {
     'experiments': BASE | {'data', 'phantom', 'evaluation', 'training', 'gans', 'diffusion', 'report'},
     'staleness': BASE, 'provenance': set(), 'job': BASE | {'provenance'},
     'cluster': BASE | {'data', 'diffusion', 'job'},
-    'status': BASE | {'job', 'provenance', 'staleness'}, 'costs': BASE | {'data', 'diffusion', 'job', 'cluster'},
+    'status': BASE | {'job', 'provenance', 'staleness'}, 'costs': BASE | {'data', 'diffusion', 'gans', 'job', 'cluster'},
     'run': BASE | {'report', 'job', 'cluster', 'staleness', 'status', 'costs'},       # report: secure_page; its command line calls status and costs
     'site': BASE | {'data', 'phantom', 'evaluation', 'training', 'gans', 'diffusion', 'report', 'experiments', 'run'}}
 
