@@ -48,6 +48,8 @@ def slurm(tmp_path_factory):
     yield folder
     ended.set()
     operator.join()
+    for process in STARTED:
+        if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
     subprocess.run(['scancel', '--me'], capture_output=True)
     sh('bash', ROOT/'tests'/'slurm.sh', 'stop', folder)
 
@@ -146,7 +148,11 @@ def variables(top):
 def start(top, run, *args, site='site.yaml'):
     "A study in the background, which writes to NAME.txt"
     with (top/f'{run}.txt').open('a') as f:
-        return subprocess.Popen(command(run, *args, site=site), cwd=top, env=variables(top), stderr=f, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command(run, *args, site=site), cwd=top, env=variables(top), stderr=f, stdin=subprocess.DEVNULL, start_new_session=True)
+    STARTED.append(process)
+    return process
+
+STARTED = []                                                        # also what a failed test leaves behind ends with the Slurm
 
 def said(top, run): return (top/f'{run}.txt').read_text()
 
