@@ -257,7 +257,6 @@ def paint_over(
     if image.ndim==2: return gray
     return np.where(overlay[..., None], gray[..., None], image)
 
-# %% ../../nbs/2_data/29_overlays.ipynb #4ebb9f57
 def remove_overlay(
     image:np.ndarray, # (h, w) or (h, w, 3), uint8 or uint16
 )->tuple: # The image without overlay, same shape and type, and a bool mask of what was inpainted
