@@ -221,7 +221,7 @@ def job_hours(
     return demo_rates().get(job.stage, 0.)*job_work(job, counts), device
 
 # %% ../nbs/9_run/95_costs.ipynb #1796175c
-PROCESS_GB = 1.1 # Resident memory of a stage of the demo run
+PROCESS_GB = 1.1 # Peak of small AC-GAN and SDXL stages, measured by bench/growth.py
 GAN_GIB = {'wgan_gp': 2.2, 'ac_gan': .91, 'tac_gan': .93} # bench/results/gans, 256 pixels
 
 @lru_cache
@@ -276,7 +276,7 @@ def job_memory(
 
 # %% ../nbs/9_run/95_costs.ipynb #9be94c91
 PNG_BYTES = .45 # Of a pixel
-SMALL_MODEL_GB = {'sdxl': .05, 'flux': .02} # Checkpoints and model of the small ones, demo run
+SMALL_MODEL_GB = {'sdxl': .05, 'flux': .02} # Of the small ones, roughly as in the demo run
 
 @lru_cache
 def gan_checkpoint_gb(
@@ -392,7 +392,7 @@ SOURCES = """\
 hours on an L40: the paper's hours, divided by its work; boosted epochs and samples are added, GANs
   train with what is not held out for validation. No full-size model was run here
 hours on 2 cores: the committed demo run, scaled by images, epochs and pixels; also for `metrics`
-  on a GPU, where they are an upper bound
+  on a GPU, for which there is no measurement
 memory: computed from counts of weights (notebook 41), GANs as measured on a processor
 disk, files: computed from counts; 0.45 bytes per pixel of a PNG file, measured on the demo run"""
 
