@@ -564,7 +564,7 @@ def seed_commands(
 )->str: # A line for each command
     "The commands that train the models of a run from two more seeds and join the three runs"
     facts, models = evidence.facts, evidence.metrics_info['models']
-    command = f'make study PROFILE={facts.get("profile") or "demo"}'
+    command = f'make study PROFILE={facts.get("profile") or "NAME"}'
     if not is_simulated(facts['values']): command += ' DATA=FOLDER'
     run, settings = facts['run'], facts.get('settings', [])
     lines = []
