@@ -197,10 +197,12 @@ def _mmd_sentence(comparison, task, names):
     beaten = t[t.baseline_is_better]
     if not len(t): return ''
     if not len(beaten): return ' By MMD² no such baseline is better than the best checkpoints.'
-    models = join_names([names.get(m, m) for m in beaten.model.unique()])
-    best = beaten.loc[beaten.baseline_score.idxmin()]
-    return (f' By MMD² {reference_name(best.baseline)} '
-            f'({best.baseline_score:.3f}) is better than the best checkpoint of {models}.')
+    listed = []
+    for model,rows in beaten.groupby('model', sort=False):
+        best = rows.loc[rows.baseline_score.idxmin()]
+        listed.append(f'{reference_name(best.baseline)} ({best.baseline_score:.3f}) is better '
+                      f'than the best checkpoint of {names.get(model, model)} ({best.score:.3f})')
+    return f' By MMD² {"; ".join(listed)}.'
 
 # %% ../../nbs/6_report/84_report.ipynb #53c02450
 def _region_tests(tests, baseline, region):
@@ -255,8 +257,7 @@ def resolution_sentence(
     listed = join_names([names.get(m, m) for m in small])
     sides = join_names([str(n) for n in dict.fromkeys(small.values())])
     return (f' Images of {listed} have {sides} pixels and are enlarged to {scored} for scoring, '
-            'outside the mask, too; those of the baseline are not, so a part of the difference is '
-            'resolution.')
+            'outside the mask, too, which lowers their SSIM; those of the baseline are not.')
 
 # %% ../../nbs/6_report/84_report.ipynb #79337e89
 def baseline_finding(
@@ -1040,7 +1041,9 @@ FIRST_SCREEN = """<html lang="en">
 <div class="first">
 <section aria-labelledby="findings"><h2 id="findings">Findings</h2>
 {% if findings %}<p class="note">SSIM: similarity to the original image, 1 if identical. MMD²:
-distance between sets of images, 0 if alike. In brackets: 95 % intervals over patients.</p>
+distance between sets of images, 0 if alike. In brackets: 95 % intervals over patients, where there are
+enough. The checkpoint is the one chosen on validation patients, else the last before the boosted
+epochs; the best on the test pairs, which is optimistic, is in the tables.</p>
 <ol>
 {% for f in findings %}<li><strong>{{ f.title|keep }}.</strong>
 <p>{{ f.detail|keep }} <a href="#{{ f.section }}">See {{ sections[f.section] }}</a>.</p></li>

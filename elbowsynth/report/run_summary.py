@@ -271,8 +271,9 @@ def preprocessing_text(
     "What preprocessing did, in words"
     if not counts: return 'What preprocessing did is not recorded.'
     n_files = counts['n_images']+counts['n_rejected']
+    others = 'the other ' if counts['n_rejected'] else ''
     text = (f'Of {n_files} image files, {counts["n_rejected"]} were rejected. '
-            f'In {counts["n_overlay"]} of the other {counts["n_images"]} text or markings were '
+            f'In {counts["n_overlay"]} of {others}{counts["n_images"]} text or markings were '
             f'painted over, {counts["n_inverted"]} were inverted because bone was dark, and '
             f'{counts["n_cropped"]} were cropped.')
     if counts['n_overlay']:
