@@ -1041,8 +1041,8 @@ FIRST_SCREEN = """<html lang="en">
 <div class="first">
 <section aria-labelledby="findings"><h2 id="findings">Findings</h2>
 {% if findings %}<p class="note">SSIM: similarity to the original image, 1 if identical. MMD²:
-distance between sets of images, 0 if alike. In brackets: 95 % intervals over patients, where there are
-enough. The checkpoint is the one chosen on validation patients, else the last before the boosted
+distance between sets of images, 0 if alike. In brackets: 95 % intervals over patients, where
+there are enough. The checkpoint is the one chosen on validation patients, else the last before the boosted
 epochs; the best on the test pairs, which is optimistic, is in the tables.</p>
 <ol>
 {% for f in findings %}<li><strong>{{ f.title|keep }}.</strong>
