@@ -1042,8 +1042,8 @@ FIRST_SCREEN = """<html lang="en">
 <section aria-labelledby="findings"><h2 id="findings">Findings</h2>
 {% if findings %}<p class="note">SSIM: similarity to the original image, 1 if identical. MMD²:
 distance between sets of images, 0 if alike. In brackets: 95 % intervals over patients, where
-there are enough. The checkpoint is the one chosen on validation patients, else the last before the boosted
-epochs; the best on the test pairs, which is optimistic, is in the tables.</p>
+there are enough. The checkpoint is the one chosen on validation patients, else the last before
+the boosted epochs; the best on the test pairs, which is optimistic, is in the tables.</p>
 <ol>
 {% for f in findings %}<li><strong>{{ f.title|keep }}.</strong>
 <p>{{ f.detail|keep }} <a href="#{{ f.section }}">See {{ sections[f.section] }}</a>.</p></li>
