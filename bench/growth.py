@@ -40,14 +40,24 @@ def disk_use(folder):
         found[path] = state.st_size, state.st_mtime_ns
     return found
 
+# A process begins with the peak memory of the process that started it; this small one stands between, and writes what its child took
+LAUNCHER = """import json, os, resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+json.dump([usage.ru_utime+usage.ru_stime, usage.ru_maxrss/1024], os.fdopen(int(sys.argv[1]), "w"))
+sys.exit(code%256)"""
+
 def run_measured(command, env):
     "Run a command; wall seconds, CPU seconds, and MiB of the largest process, with all processes that it starts"
     start = time.perf_counter()
-    process = subprocess.Popen(command, env=env, cwd=root())
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)          # Popen must not wait again
-    if process.returncode: raise SystemExit(f'{" ".join(map(str, command))} failed with {process.returncode}; fix the cause, then rerun to resume')
-    return time.perf_counter()-start, usage.ru_utime+usage.ru_stime, usage.ru_maxrss/1024
+    read_end, write_end = os.pipe()
+    process = subprocess.Popen([sys.executable, '-S', '-c', LAUNCHER, str(write_end), *map(str, command)], env=env, cwd=root(), pass_fds=[write_end])
+    os.close(write_end)
+    with os.fdopen(read_end) as f: written = f.read()
+    code = process.wait()
+    if code: raise SystemExit(f'{" ".join(map(str, command))} failed with {code}; fix the cause, then rerun to resume')
+    cpu_s, peak_mib = json.loads(written)
+    return time.perf_counter()-start, cpu_s, peak_mib
 
 def measure_job(job, folder, plan_path, env):
     "Run a stage from its beginning; what it took"
