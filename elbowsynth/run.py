@@ -18,6 +18,7 @@ from .cluster import (
     job_resources, open_parts, preflight, read_site, slurm_arguments, start_commands,
     wait_for_earlier_jobs, with_model_folders)
 from .job import exit_with_parent, Job, log, read_record, run_job
+from .provenance import check_complete
 from .staleness import code_hash, folder_state
 from .stages import (
     claim_data, edited_parameters, has_setting, merge_values, profile_values, read_profile,
@@ -423,6 +424,7 @@ def study(
     folder, jobs = plan(profile, data, run, settings, targets, cluster, models)
     data_dir = str(Path(data).expanduser().resolve()) if data else ''
     lock = acquire_lock(top/folder/'.lock')
+    check_complete(top/folder, list(dict.fromkeys(j.out for j in jobs)))
     source, what = data_dir or 'simulated radiographs', f'{cores} cores'
     if place:
         preflight(jobs, place, top/folder, environment(1))

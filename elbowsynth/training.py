@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CHECKSUMS', 'REFRESH_S', 'STALE_S', 'TAKEOVER_S', 'get_device', 'configure_device', 'to_tensor', 'to_uint8',
            'batch_indices', 'checkpoint_epochs', 'last_epoch', 'checkpoint_steps', 'JsonlLogger', 'read_log',
-           'DamagedFile', 'save_tensors', 'load_tensors', 'previous_checkpoint', 'TrainingDiverged', 'first_nonfinite',
-           'verify_checkpoint', 'restore_checkpoint', 'raise_diverged', 'keep_as', 'save_checkpoint', 'check_names',
-           'load_checkpoint', 'NanGuard', 'all_finite', 'TrainingStopped', 'stop_requested', 'stopped_message',
-           'stop_if_requested', 'stop_on_sigterm', 'stop_at_once', 'files_below', 'remove_leftovers', 'lock_training',
-           'setting_changes', 'claim_training_dir', 'print_start', 'save_samples', 'lr_factor', 'EMA']
+           'DamagedFile', 'save_tensors', 'tensor_names', 'load_tensors', 'previous_checkpoint', 'TrainingDiverged',
+           'first_nonfinite', 'verify_checkpoint', 'restore_checkpoint', 'raise_diverged', 'keep_as', 'save_checkpoint',
+           'check_names', 'load_checkpoint', 'NanGuard', 'all_finite', 'TrainingStopped', 'stop_requested',
+           'stopped_message', 'stop_if_requested', 'stop_on_sigterm', 'stop_at_once', 'files_below', 'remove_leftovers',
+           'lock_training', 'setting_changes', 'claim_training_dir', 'print_start', 'save_samples', 'lr_factor', 'EMA']
 
 # %% ../nbs/0_core/04_training.ipynb #b2d30c78
 import _thread, contextlib, ctypes, fcntl, json, os, shutil, signal, socket, sys, threading
@@ -223,6 +223,13 @@ def _read_tensor(path, f, checksums, name):
     raise _damaged(path, f'{name} differs from its checksum')
 
 # %% ../nbs/0_core/04_training.ipynb #7cdd08e5
+def tensor_names(
+    path:Path, # A file that `save_tensors` wrote
+)->list[str]: # Sorted
+    "Names of a file's tensors, which are not read; raises `DamagedFile` if its header is damaged"
+    f, _, _ = _open_tensors(path)
+    with f: return sorted(f.keys())
+
 def load_tensors(
     path:Path, # A file that `save_tensors` wrote
     prefixes:tuple=('',), # Only tensors whose names begin with one of them

@@ -105,14 +105,32 @@ def comparable(path, ignored_tensors=()):
         return {k: v.tolist() for k, v in load_file(path).items() if not k.startswith(tuple(ignored_tensors))}
     return path.read_bytes()
 
+def cached_tensors(folder):
+    "Name to bytes of all tensors of a cache, which groups them into files as they come"
+    import torch
+    from safetensors.torch import load_file
+    found = {}
+    for path in sorted(folder.glob('[!.]*.safetensors')):
+        for name, tensor in load_file(path).items(): found[name] = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return found
+
+def same_caches(a, b):
+    "What is in both is the same; an interrupted run may have lost entries, which are computed when they are needed"
+    tensors, others = cached_tensors(a), cached_tensors(b)
+    shared = tensors.keys() & others.keys()
+    return all(tensors[name]==others[name] for name in shared)
+
 def differing_files(a, b, ignored_tensors=()):
     "Files below two folders that are in one only or differ; hidden files count, too"
     a, b = Path(a), Path(b)
     files = {p.relative_to(top) for top in (a, b) for p in top.rglob('*') if p.is_file()}
+    caches = {name.parent for name in files if name.parent.name=='latents' and name.suffix=='.safetensors'}
     def same(name):
         both = (a/name).is_file() and (b/name).is_file()
         return both and comparable(a/name, ignored_tensors) == comparable(b/name, ignored_tensors)
-    return [str(name) for name in sorted(files) if not same(name)]
+    differing = [name for name in files if (name.parent not in caches or name.name[0]=='.') and not same(name)]
+    differing += [name for name in caches if not same_caches(a/name, b/name)]
+    return [str(name) for name in sorted(differing)]
 
 def run_with_kills(target, folder, n_kills=8, seed=0, ignored_tensors=(), timeout=3600):
     "{operation at which the run was killed: files that differ from those of the undisturbed run}"

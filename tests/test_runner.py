@@ -321,6 +321,21 @@ def test_a_parameters_cell_that_cannot_be_read_is_named(lab):
     done = study(lab, check=False)
     assert done.returncode!=0 and '01_a.ipynb: `n: int = 2 * 50`' in done.stderr and 'fix: undo the edit' in done.stderr and 'Traceback' not in done.stderr
 
+def test_a_partial_copy_of_a_run_is_refused(toy):
+    "As after an interrupted copy: one stage has lost a file, another all of them; nothing is started"
+    study(toy)
+    whole, partial = toy/'_runs'/'demo', toy/'_runs'/'copy'
+    shutil.copytree(whole, partial)
+    (partial/'model'/'step3').unlink()
+    (partial/'report'/'steps').unlink()
+    before = contents(partial)
+    done = study(toy, '--run', 'copy', check=False)
+    assert done.returncode!=0 and 'Traceback' not in done.stderr
+    assert 'copy is not complete, as after an interrupted copy: model has 7 files and had 8; report has 0 files and had 1; nothing was started; fix: ' in done.stderr
+    assert {p: c for p, c in contents(partial).items() if p.name!='.lock'}=={p: c for p, c in before.items() if p.name!='.lock'}
+    shutil.copytree(whole, partial, dirs_exist_ok=True)
+    assert study(toy, '--run', 'copy').returncode==0
+
 def test_a_run_of_other_data_is_not_written_into(lab):
     folder = write_finished_stage(lab, {'n': 4})
     before = contents(folder)

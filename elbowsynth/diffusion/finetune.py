@@ -37,7 +37,7 @@ from .distributed import (
     barrier, DistributedContext, full_tensor, launch_command, log_interval, read_nodes,
     run_launcher, shard_like, shard_models, unsharded_copy)
 from .latents import (
-    cached, InpaintDataset, load_inpaint_data, read_onetrainer_folder, shared_cache, weights_hash)
+    InpaintDataset, load_inpaint_data, read_onetrainer_folder, shared_cache, TensorCache, weights_hash)
 from .model_sizes import optimizer_state_bytes
 from .objective import (
     Batch, batch_loss, make_batch, ModelSpec, training_autocast, validation_loss)
@@ -503,7 +503,7 @@ class TrainingRun:
     checkpoint_modules:dict # Name to `TrainableState`, written to checkpoints
     loss_module:Callable # From a batch to losses and errors, as `batch_loss`
     cached_embeddings:dict # Of frozen text encoders
-    latent_cache:dict # `cache_dir` and `vae_key` of `make_batch`
+    latent_cache:dict # `cache` and `vae_key` of `make_batch`
     step:int # Steps done
     log:JsonlLogger|None # None in all processes but the first
     validation_log:JsonlLogger|None
@@ -585,19 +585,20 @@ def embed_captions(
     spec:ModelSpec,
     captions:list[str], # All prompts of the training
     config:FineTuneConfig,
-    cache_dir:Path, # Cache folder; None for none
+    cache:TensorCache, # None for none
 )->dict: # Frozen text encoder to {caption: its embeddings}
     "Embed every caption once with the frozen text encoders, and offload those that are to be"
     cached_embeddings = {}
     for name,encode in spec.text_encoders.items():
         if getattr(config, name)=='trained': continue
         encoder = getattr(pipe, name)
-        encoder_key = weights_hash(encoder) if cache_dir else ''
+        encoder_key = weights_hash(encoder) if cache else ''
         cached_embeddings[name] = {}
         for caption in dict.fromkeys(captions):
             key = f'{encoder_key}-{content_hash(caption, name, config.max_sequence_length)}'
+            def encode_caption(): return encode(pipe, [caption])
             with torch.no_grad():
-                embeddings = cached(cache_dir, key, lambda: encode(pipe, [caption]))
+                embeddings = cache.get(key, encode_caption) if cache else encode_caption()
             cached_embeddings[name][caption] = embeddings
         if getattr(config, name)=='offloaded': encoder.to('cpu')
     return cached_embeddings
@@ -655,6 +656,7 @@ def setup_training(
     train:InpaintDataset, # Training pairs
     test:InpaintDataset, # Pairs to inpaint at each checkpoint
     out:Path, # Folder of the training
+    cache:TensorCache, # Latents and embeddings; None to cache nothing
     config:FineTuneConfig, # As resolved by `resolve_config`
     distributed:DistributedContext,
     schedule:Schedule,
@@ -663,15 +665,14 @@ def setup_training(
 )->TrainingRun:
     "Everything that is done once: models, caches, optimizer, EMA, checkpoint, logs"
     trains = config.sample_epoch<0
-    cache_dir = out.parent/'latents' if config.cache_latents else None
     models = trainable_models(pipe, spec, config)
-    embeddings = embed_captions(pipe, spec, train.captions+test.captions, config, cache_dir)
+    embeddings = embed_captions(pipe, spec, train.captions+test.captions, config, cache)
     if config.gradient_checkpointing: enable_gradient_checkpointing(models)
     n_images = len(train.names)+len(test.names)
     resources = estimate_resources(pipe, models, config, n_images, latent_bytes(pipe, train))
     if trains: check_resources(resources, out, distributed, config.fsdp)
     if config.fsdp: shard_models(models, distributed)
-    latent_cache = {'cache_dir': cache_dir, 'vae_key': latents_key(pipe.vae) if cache_dir else ''}
+    latent_cache = {'cache': cache, 'vae_key': latents_key(pipe.vae) if cache else ''}
 
     optimizer = make_optimizer(models, spec, config)
     ema = EMA(models, config.ema_decay)
@@ -778,6 +779,7 @@ def save_training_state(
     for name,tensors in modules.items():
         nonfinite = first_nonfinite(tensors)
         if nonfinite: stop_diverged(run, f'{name}/{nonfinite} is NaN or infinite')
+    if run.latent_cache['cache']: run.latent_cache['cache'].flush()
     main_steps = run.schedule.main_steps
     is_boosted = run.step>main_steps
     boost = {'main_steps': main_steps, 'boost_lr': run.config.boost_lr} if is_boosted else {}
@@ -868,12 +870,11 @@ def fine_tune(
     "Fine-tune a pipeline, or a part of it; the same call resumes after an interruption"
     out = Path(out)
     cache_dir = out.parent/'latents' if config.cache_latents else None
-    data = load_pipeline, spec, sample_fn, train, test, out
     if config.sample_epoch>=0: check_trained(train, test, out, config)
     with stop_on_sigterm(), contextlib.ExitStack() as locks:
-        if distributed.rank==0:
-            _lock_part(locks, out, config)
-            locks.enter_context(shared_cache(cache_dir))
+        if distributed.rank==0: _lock_part(locks, out, config)
+        cache = locks.enter_context(shared_cache(cache_dir))
+        data = load_pipeline, spec, sample_fn, train, test, out, cache
         if config.sample_epoch>=0: _sample_kept_weights(*data, config, distributed)
         else: _train_from_checkpoint(*data, config, distributed)
     with contextlib.suppress(OSError): (out/'checkpoints').rmdir()      # after the last part
@@ -904,7 +905,8 @@ def _missing_weights(out, epoch, step, schedule, config):
     print(f'{out.name}: the weights of epoch {epoch} are no longer kept; nothing is inpainted')
 
 # %% ../../nbs/4_diffusion/48_finetune.ipynb #d563ab25
-def _sample_kept_weights(load_pipeline, spec, sample_fn, train, test, out, config, distributed):
+def _sample_kept_weights(load_pipeline, spec, sample_fn, train, test, out, cache, config,
+                         distributed):
     "Inpaint the test pairs with the weights of a checkpoint, and log its validation loss"
     epoch = config.sample_epoch
     schedule = checkpoint_schedule(len(train.names), config.batch_size, config.epochs,
@@ -919,19 +921,20 @@ def _sample_kept_weights(load_pipeline, spec, sample_fn, train, test, out, confi
         pipe = load_pipeline(distributed.device)
         if distributed.rank==0: print(
             f'{out.name}: inpaints {len(test.names)} test pairs with the weights of epoch {epoch}')
-        run = setup_training(pipe, spec, train, test, out, config, distributed, schedule,
+        run = setup_training(pipe, spec, train, test, out, cache, config, distributed, schedule,
                              weights if step else None, step)
         evaluate_and_sample(run, sample_fn)
     if distributed.rank==0: weights.unlink()
     barrier(distributed)
 
 # %% ../../nbs/4_diffusion/48_finetune.ipynb #279231e9
-def _train_from_checkpoint(load_pipeline, spec, sample_fn, train, test, out, config, distributed):
+def _train_from_checkpoint(load_pipeline, spec, sample_fn, train, test, out, cache, config,
+                           distributed):
     "`fine_tune` in a folder that is locked"
     schedule, checkpoint, first_step, reason = resume_point(train, test, out, config, distributed)
     if config.stop_epoch<0:                             # what jobs of single checkpoints have left
         for epoch in [int(p.stem) for p in kept_weights(out, 0).parent.glob('[0-9]*.safetensors')]:
-            _sample_kept_weights(load_pipeline, spec, sample_fn, train, test, out,
+            _sample_kept_weights(load_pipeline, spec, sample_fn, train, test, out, cache,
                                  replace(config, sample_epoch=epoch), distributed)
         if distributed.rank==0: collect_records(out)
         barrier(distributed)
@@ -942,7 +945,7 @@ def _train_from_checkpoint(load_pipeline, spec, sample_fn, train, test, out, con
             epoch = first_step*config.batch_size/len(train.names)
             print_start(out.name, first_step, schedule.total_steps, epoch, reason)
             print_cut_captions(pipe, train.captions+test.captions, config, out.name)
-        run = setup_training(pipe, spec, train, test, out, config, distributed, schedule,
+        run = setup_training(pipe, spec, train, test, out, cache, config, distributed, schedule,
                              checkpoint, first_step)
     if first_step in schedule.checkpoints: finish_checkpoint(run, sample_fn)
 

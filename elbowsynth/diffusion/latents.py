@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_LISTED', 'FULL_MASK', 'InpaintDataset', 'load_inpaint_data', 'toy_data', 'print_full_masks',
            'read_onetrainer_folder', 'write_onetrainer_folder', 'augment', 'seeded_generator', 'sample_augmentation',
-           'masked_image', 'downsample_mask', 'downsample_mask_bilinear', 'shared_cache', 'cached', 'weights_hash',
+           'masked_image', 'downsample_mask', 'downsample_mask_bilinear', 'TensorCache', 'shared_cache', 'weights_hash',
            'encode_latents']
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #e6e2c3d9
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from ..core import atomic_write, content_hash, parallel_map, sync_to_disk
-from ..training import DamagedFile, load_tensors, save_tensors
+from ..training import DamagedFile, load_tensors, save_tensors, tensor_names
 from ..data.classes import caption
 from ..data.images import load_images, read_gray8, read_mask, write_png
 from ..data.labels import read_pairs
@@ -227,13 +227,72 @@ def downsample_mask_bilinear(
     return F.interpolate(mask, scale_factor=1/factor, mode='bilinear', antialias=True)
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #227eb340
+class TensorCache:
+    "Tuples of tensors by key, many in a file; several processes may use one folder"
+    def __init__(self,
+        folder:Path, # Cache folder
+        shard_mb:float=64, # Size at which a file is written
+    ):
+        self.folder, self.shard_mb = Path(folder), shard_mb
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.pending, self.pending_mb = {}, 0.          # key to tensors that no file has yet
+        self.shards = {}                                # key to file
+        for path in sorted(self.folder.glob('[!.]*.safetensors')):
+            try: names = tensor_names(path)
+            except DamagedFile as e: self._remove(path, e)
+            else: self.shards |= {name.split('/')[0]: path for name in names}
+
+    def _remove(self, path, error):
+        "Remove a damaged file"
+        print(f'{error}: it is made anew')
+        self.shards = {key: p for key,p in self.shards.items() if p!=path}
+        path.unlink(missing_ok=True)
+
+    def _read(self, key):
+        "The tensors of a key; None if it is not in the cache"
+        if key in self.pending: return self.pending[key]
+        if key not in self.shards: return None
+        path = self.shards[key]
+        try: tensors, _ = load_tensors(path, prefixes=(f'{key}/',))
+        except FileNotFoundError: self.shards.pop(key)  # the cache was deleted
+        except DamagedFile as e: self._remove(path, e)
+        else: return tuple(tensors[f'{key}/{i}'] for i in range(len(tensors)))
+
+    def get(self,
+        key:str, # Hash of all that the result depends on; without `/`
+        compute, # Called without arguments if the key is new; returns a tuple of tensors
+    )->tuple: # Tensors, on the CPU
+        "The result of `compute`, from the cache if it is there"
+        tensors = self._read(key)
+        if tensors is not None: return tensors
+        tensors = tuple(t.detach().cpu().contiguous() for t in compute())
+        self.pending[key] = tensors
+        self.pending_mb += sum(t.nbytes for t in tensors)/2**20
+        if self.pending_mb>=self.shard_mb: self.flush()
+        return tensors
+
+    def flush(self):
+        "Write what no file has yet"
+        if not self.pending: return
+        path = self.folder/f'{content_hash(*self.pending)}.safetensors'
+        part = self.folder/f'.part-{socket.gethostname()}-{uuid.uuid4().hex}.safetensors'
+        named = {f'{key}/{i}': t for key,tensors in self.pending.items()
+                 for i,t in enumerate(tensors)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(part, named)
+        sync_to_disk(part)
+        os.replace(part, path)
+        self.shards |= dict.fromkeys(self.pending, path)
+        self.pending, self.pending_mb = {}, 0.
+
+# %% ../../nbs/4_diffusion/43_latents.ipynb #60317963
 @contextlib.contextmanager
 def shared_cache(
     folder:Path, # Cache folder; None for no cache
 ):
-    "Within the block no other process removes temporary files from the cache"
+    "A `TensorCache`, or None, that is flushed at the end; meanwhile no process clears its folder"
     if folder is None:
-        yield
+        yield None
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     with (Path(folder)/'.lock').open('a') as lock:
@@ -242,32 +301,11 @@ def shared_cache(
             for path in Path(folder).glob(f'.part-{socket.gethostname()}-*'): path.unlink()
         except OSError: pass                # others may be writing, or the file system has no locks
         with contextlib.suppress(OSError): fcntl.flock(lock, fcntl.LOCK_SH)
-        yield
-
-# %% ../../nbs/4_diffusion/43_latents.ipynb #60317963
-def _write_shared(path, tensors):
-    "Write a file of tensors that other processes may be writing at the same time"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.part-{socket.gethostname()}-{uuid.uuid4().hex}.safetensors')
-    save_tensors(part, tensors)
-    sync_to_disk(part)
-    os.replace(part, path)
-
-def cached(
-    folder:Path, # Cache folder; None to cache nothing
-    key:str, # Hash of all that the result depends on
-    compute, # Called without arguments on a cache miss; returns a tuple of tensors
-)->tuple: # Tensors, on the CPU if read from the cache
-    "The result of `compute`, from the cache if it is there"
-    if folder is None: return compute()
-    path = Path(folder)/f'{key}.safetensors'
-    if path.exists():
-        try: tensors, _ = load_tensors(path)
-        except DamagedFile as e: print(f'{e}: it is made anew')
-        else: return tuple(tensors[str(i)] for i in range(len(tensors)))
-    tensors = {str(i): t.detach().cpu().contiguous() for i,t in enumerate(compute())}
-    _write_shared(path, tensors)
-    return tuple(tensors.values())
+        cache = TensorCache(folder)
+        try: yield cache
+        finally:
+            try: cache.flush()
+            except OSError as e: print(f'{folder}: the cache is not complete: {e}')
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #9d9abb28
 def weights_hash(
@@ -285,7 +323,7 @@ def weights_hash(
 def encode_latents(
     vae, # A VAE
     images:torch.Tensor, # (n, 1, h, w) in [-1, 1]
-    cache_dir:Path=None, # Cache folder; None to cache nothing
+    cache:TensorCache=None, # None to cache nothing
     vae_key:str='', # `weights_hash` of the VAE
 )->tuple[torch.Tensor,torch.Tensor]: # Means and standard deviations: (n, c, h/8, w/8), on the CPU
     "Latents of images, shifted and scaled as in the VAE's configuration"
@@ -297,7 +335,7 @@ def encode_latents(
         return (distribution.mode()-shift)*scale, distribution.std*scale
     encoded = []
     for x in images:
-        key = f'{vae_key}-{content_hash(x.numpy())}' if cache_dir else ''
-        encoded.append(cached(cache_dir, key, lambda: encode(x)))
+        if cache is None: encoded.append(encode(x))
+        else: encoded.append(cache.get(f'{vae_key}-{content_hash(x.numpy())}', lambda: encode(x)))
     means, stds = zip(*encoded)
     return torch.cat([m.cpu() for m in means]), torch.cat([s.cpu() for s in stds])

@@ -9,12 +9,11 @@ __all__ = ['masked_mse', 'Batch', 'augment_pairs', 'randn_each', 'make_batch', '
 # %% ../../nbs/4_diffusion/45_objective.ipynb #902eaac5
 import numpy as np, torch
 from dataclasses import replace
-from pathlib import Path
 from typing import Callable, NamedTuple
 from ..training import to_tensor
 from .latents import (
     augment, downsample_mask, downsample_mask_bilinear, encode_latents, InpaintDataset,
-    masked_image, sample_augmentation, seeded_generator)
+    masked_image, sample_augmentation, seeded_generator, TensorCache)
 from .settings import FineTuneConfig
 
 # %% ../../nbs/4_diffusion/45_objective.ipynb #fb611348
@@ -78,7 +77,7 @@ def make_batch(
     indices, # Pairs of the batch, (n,)
     seed_keys:list, # Seed key of each sample, n tuples
     config:FineTuneConfig,
-    cache_dir:Path=None, # Cache of latents; None for none
+    cache:TensorCache=None, # Cache of latents; None for none
     vae_key:str='', # `weights_hash` of the autoencoder
 )->Batch:
     "Augment pairs, encode them and draw noise"
@@ -91,8 +90,8 @@ def make_batch(
     images, masks = to_tensor(images), torch.from_numpy(masks)[:, None]/255
     masks = torch.where(fully_masked[:, None, None, None], 1., masks)
     mask = masks if config.soft_mask else (masks>=.5).float()
-    latents, _ = encode_latents(vae, images, cache_dir, vae_key)
-    mean, std = encode_latents(vae, masked_image(images, mask), cache_dir, vae_key)
+    latents, _ = encode_latents(vae, images, cache, vae_key)
+    mean, std = encode_latents(vae, masked_image(images, mask), cache, vae_key)
 
     noise = randn_each(latents, generators)
     masked_image_latents = mean
@@ -175,7 +174,7 @@ def validation_loss(
     n_validation:int, # Number of pairs to use, evenly spaced
     cached_embeddings:dict, # Of frozen text encoders, as in `encode_captions`
     config:FineTuneConfig,
-    **cache_kwargs, # `cache_dir` and `vae_key` of `make_batch`
+    **cache_kwargs, # `cache` and `vae_key` of `make_batch`
 )->dict: # `loss_inside_mask`, the mean over noise levels, and the loss at each, as `loss_t_100`
     "Mean squared error inside the mask at fixed noise levels"
     fixed = replace(config, unmasked_probability=0., flip_probability=0., max_translation_px=0)
