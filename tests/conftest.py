@@ -10,6 +10,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = os.environ.get('ELBOWSYNTH_ALL', '') not in ('', '0')
+N_KILLS = int(os.environ.get('ELBOWSYNTH_KILLS', 20))              # of each training, at random file operations, with ALL=1
 left_out = []
 
 # Property tests draw the same examples each time, and new ones in `make fuzz`

@@ -6,7 +6,7 @@ import numpy as np, pandas as pd
 import pytest, torch
 from torch import nn
 from safetensors.torch import load_file
-from conftest import ROOT
+from conftest import N_KILLS, ROOT
 from kills import differing_files, run_with_kills
 from elbowsynth.data.classes import PATHOLOGIES as ALL_PATHOLOGIES
 from elbowsynth.data.images import read_image
@@ -798,8 +798,8 @@ def check_kills(folder, n_kills, seed=0):
 @pytest.mark.long('killed processes, 15 s')
 def test_runs_killed_at_file_operations_end_with_the_same_files(tmp_path): check_kills(tmp_path, 4)
 
-@pytest.mark.long('50 kills')
-def test_fifty_kills(tmp_path): check_kills(tmp_path, 50, seed=1)
+@pytest.mark.long('kills')
+def test_many_kills(tmp_path): check_kills(tmp_path, N_KILLS, seed=1)
 
 class Killed(BaseException): "Instead of a signal, in the same process"
 

@@ -5,7 +5,7 @@ import matplotlib
 matplotlib.use('agg')
 import numpy as np, pandas as pd
 import pytest, torch
-from conftest import ROOT
+from conftest import N_KILLS, ROOT
 from kills import run_with_kills
 from elbowsynth.gans import search, tac_gan
 from elbowsynth.data.classes import caption
@@ -69,8 +69,8 @@ def check_kills(folder, n_kills, seed=0):
 @pytest.mark.long('two searches, 10 s')
 def test_a_search_killed_at_file_operations_ends_with_the_same_files(tmp_path): check_kills(tmp_path, 2)
 
-@pytest.mark.long('50 searches')
-def test_fifty_kills_of_a_search(tmp_path): check_kills(tmp_path, 50, seed=1)
+@pytest.mark.long('searches')
+def test_many_kills_of_a_search(tmp_path): check_kills(tmp_path, N_KILLS, seed=1)
 
 def test_a_search_says_where_it_starts_and_is_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(search, 'features', means_of_rows)
