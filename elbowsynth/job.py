@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['KINDS', 'STOPPED', 'Job', 'LogTee', 'progress_bar', 'log', 'exit_with_parent', 'failure_message', 'JobStopped',
            'pass_on_sigterm', 'stopped_position', 'no_step_done', 'read_record', 'new_record', 'ended_record',
-           'done_contents', 'run_job']
+           'commit_text', 'machine_text', 'done_contents', 'run_job']
 
 # %% ../nbs/9_run/89_job.ipynb #8040c1cb
 import contextlib, importlib.metadata, json, logging, os, platform, re, shutil, signal
 import subprocess, sys, threading, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from .core import format_duration, root, save_json
+from .core import format_duration, n_cores, root, save_json
 from .stages import without_examples
 from .provenance import provenance
 
@@ -262,12 +262,31 @@ def ended_record(
     return record | {'state': state, 'ended': int(time.time()), 'seconds': seconds} | values
 
 # %% ../nbs/9_run/89_job.ipynb #ef252450
-def _commit():
-    "The commit of the checkout; empty without git"
-    command = ['git', '-C', str(root()), 'rev-parse', 'HEAD']
-    try: done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError: return ''
+def _output(*command):
+    "Output of a program; empty if it is not there or fails"
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired): return ''
     return done.stdout.strip() if done.returncode==0 else ''
+
+def commit_text(
+    top:Path, # Folder of the checkout
+)->str: # Empty if it is not a repository of git
+    "The commit of a checkout, and whether there are changes that are not committed"
+    git = ['git', '-C', str(top)]
+    if _output(*git, 'rev-parse', '--show-toplevel')!=str(Path(top).resolve()): return ''
+    commit = _output(*git, 'rev-parse', '--short=10', 'HEAD')
+    changed = _output(*git, 'status', '--porcelain', '--untracked-files=no')
+    return f'{commit} and changes that are not committed' if commit and changed else commit
+
+def machine_text()->str: # Without the machine's name
+    "System, processor, cores and GPUs of this machine"
+    cpu, info = platform.processor() or platform.machine(), Path('/proc/cpuinfo')
+    if info.is_file():
+        model = re.search(r'model name\s*: (.+)', info.read_text(errors='replace'))
+        cpu = model[1] if model else cpu
+    gpus = _output('nvidia-smi', '--query-gpu=name', '--format=csv,noheader').splitlines()
+    n = n_cores()
+    return ', '.join([platform.system(), cpu, f'{n} core{"s"*(n>1)}', *gpus])
 
 def done_contents(
     job:Job, # A job that is done
@@ -278,8 +297,9 @@ def done_contents(
     hashes = provenance(folder, job.values) if folder and not job.is_part() else {}
     return hashes | {
         **asdict(job), 'data_hash': data_hash,
-        'python': platform.python_version(), 'versions': _package_versions(), 'commit': _commit(),
-        'device': job.values.get('device', 'cpu'), 'host': platform.node(),
+        'python': platform.python_version(), 'versions': _package_versions(),
+        'commit': commit_text(root()), 'device': job.values.get('device', 'cpu'),
+        'host': platform.node(), 'machine': machine_text(),
         'slurm_job': os.environ.get('SLURM_JOB_ID', '')}
 
 # %% ../nbs/9_run/89_job.ipynb #7cad2f8d

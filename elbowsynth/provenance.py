@@ -80,5 +80,5 @@ def check_complete(
         if now<then: faults.append(f'{name} has {now:,} files and had {then:,}')
     if faults: raise ValueError(
         f'{Path(run_dir).name} is not complete, as after an interrupted copy: {"; ".join(faults)}; '
-        'nothing was started; fix: copy the whole folder again, or delete stage.json in the folders '
-        'of these stages, which then run again')
+        'nothing was started; fix: copy the whole folder again, or delete stage.json in the '
+        'folders of these stages, which then run again')

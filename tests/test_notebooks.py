@@ -318,7 +318,7 @@ IMPORTS = {
     'staleness': BASE, 'provenance': set(), 'job': BASE | {'provenance'},
     'cluster': BASE | {'data', 'diffusion', 'job'},
     'status': BASE | {'job', 'provenance', 'staleness'}, 'costs': BASE | {'data', 'diffusion', 'gans', 'job', 'cluster'},
-    'run': BASE | {'report', 'job', 'cluster', 'staleness', 'status', 'costs'},       # report: secure_page; its command line calls status and costs
+    'run': BASE | {'report', 'job', 'provenance', 'cluster', 'staleness', 'status', 'costs'},       # report: secure_page; its command line calls status and costs
     'site': BASE | {'data', 'phantom', 'evaluation', 'training', 'gans', 'diffusion', 'report', 'experiments', 'run'}}
 
 def part_of(module): return module.split('.')[0]

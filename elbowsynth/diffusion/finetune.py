@@ -36,8 +36,9 @@ from .base_models import file_checksums
 from .distributed import (
     barrier, DistributedContext, full_tensor, launch_command, log_interval, read_nodes,
     run_launcher, shard_like, shard_models, unsharded_copy)
-from .latents import (
-    InpaintDataset, load_inpaint_data, read_onetrainer_folder, shared_cache, TensorCache, weights_hash)
+from elbowsynth.diffusion.latents import (
+    InpaintDataset, load_inpaint_data, read_onetrainer_folder, shared_cache, TensorCache,
+    weights_hash)
 from .model_sizes import optimizer_state_bytes
 from .objective import (
     Batch, batch_loss, make_batch, ModelSpec, training_autocast, validation_loss)

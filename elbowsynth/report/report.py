@@ -15,15 +15,15 @@ __all__ = ['NOT_SCORED', 'COPY_DISTANCE', 'MAX_FINDINGS', 'GUIDES', 'OTHER_ALTER
            'render_page', 'report_page', 'write_page']
 
 # %% ../../nbs/6_report/84_report.ipynb #25c88b1c
-import base64, json, os, platform, re, subprocess
-import jinja2, mistune, torch
+import base64, json, os, re
+import jinja2, mistune
 import numpy as np, pandas as pd
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from markupsafe import Markup, escape
 from pathlib import Path
 from urllib.parse import quote
-from ..core import atomic_write, format_duration, n_cores, root
+from ..core import atomic_write, format_duration, root
 from ..paper import FACTS, MODEL_NAMES
 from .run_summary import (
     METRIC_NAMES, baselines_text, changed_values, checkpoint_selection_table,
@@ -655,42 +655,26 @@ def what_text(
     if inpainters: text += f'Inpainting of a mask: {join_names(inpainters)}. '
     return text+f'Scored on {count_text(info["n_pairs"], "held-out pair")}.'
 
-# %% ../../nbs/6_report/84_report.ipynb #0123228c
-def _git(*args):
-    "What git says about the checkout; empty without git, or if the checkout is not a repository"
-    command = ['git', '-C', str(root()), *args]
-    try: done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except OSError: return ''
-    return done.stdout.strip() if done.returncode==0 else ''
-
 # %% ../../nbs/6_report/84_report.ipynb #5775c10b
 def code_text_of_run(
-    versions:dict, # Package to version, as in `stage.json`
+    facts:dict, # As returned by `run_facts`
 )->str: # Plain text
-    "Version and commit of the code with which the report was made"
-    text = f'elbowsynth {versions.get("elbowsynth", "of unknown version")}'
-    if _git('rev-parse', '--show-toplevel')!=str(root()): return f'{text}; commit not known'
-    commit = _git('rev-parse', '--short=10', 'HEAD') or 'not known'
-    changed = _git('status', '--porcelain', '--untracked-files=no')
-    text += f'; report made with commit {commit}'
-    return text+(' and changes that are not committed' if changed else '')
+    "Version and commits of the code of the stages"
+    text = f'elbowsynth {facts.get("versions", {}).get("elbowsynth", "of unknown version")}'
+    commits = facts.get('commits', [])
+    if not commits: return f'{text}; commit not known'
+    return f'{text}; commit{"s"*(len(commits)>1)} {join_names(commits)}'
 
 # %% ../../nbs/6_report/84_report.ipynb #86012212
 def machine_text(
-    values:dict[str,dict], # Stage to the values of its parameters
-    versions:dict, # Package to version, as in `stage.json`
+    facts:dict, # As returned by `run_facts`
 )->str: # Plain text, without the machine's name
-    "The machine on which the report was made, and the devices of the stages"
-    cpu = platform.processor() or platform.machine()
-    info = Path('/proc/cpuinfo')
-    if info.is_file():
-        model = re.search(r'model name\s*: (.+)', info.read_text(errors='replace'))
-        cpu = model[1] if model else cpu
-    devices = sorted({str(v['device']) for v in values.values() if 'device' in v})
-    text = f'{platform.system()}, {cpu}, {count_text(n_cores(), "core")}'
+    "The machines on which the stages ran, their devices and versions"
+    machines = facts.get('machines', [])
+    devices = sorted({str(v['device']) for v in facts['values'].values() if 'device' in v})
+    text = '; '.join(machines) or 'machine not known'
     if devices: text += f'; device of the stages: {", ".join(devices)}'
-    if torch.cuda.is_available(): text += f'; GPU: {torch.cuda.get_device_name(0)}'
-    return f'{text}; Python {platform.python_version()}, PyTorch {versions.get("torch", "unknown")}'
+    return f'{text}; PyTorch {facts.get("versions", {}).get("torch", "unknown")}'
 
 # %% ../../nbs/6_report/84_report.ipynb #3d561197
 def curve_text(
@@ -1202,11 +1186,9 @@ def _linked_steps(steps, run):
 def _header(run, evidence):
     "What was run, when, with which code, on which machine and data"
     facts = evidence.facts
-    versions = facts.get('versions', {})
     return [('Models', what_text(evidence)), ('Data', data_text(facts)),
             ('When', when_text(run, facts.get('seconds', {}))),
-            ('Code', code_text_of_run(versions)),
-            ('Machine', machine_text(facts['values'], versions))]
+            ('Code', code_text_of_run(facts)), ('Machine', machine_text(facts))]
 
 def _figures(figures, names, evidence):
     "Those of the figures that the run has"

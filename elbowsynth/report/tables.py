@@ -195,7 +195,7 @@ def shorten_path(
 # %% ../../nbs/6_report/82_tables.ipynb #59b491b9
 def run_facts(
     run:Path, # Folder of the run
-)->dict: # run, profile, settings, counts, classes, values, seconds, versions, masks, preprocessing
+)->dict: # run, profile, settings, counts, classes, values, seconds, versions, machines, ...
     "What a run was: numbers of pairs, images, patients and masks, settings, times"
     run = Path(run)
     plan = read_stage_file(run/'plan.json', run.name) if (run/'plan.json').is_file() else {}
@@ -214,11 +214,13 @@ def run_facts(
         duration = read_stage_file(path, path.stem).get('seconds')
         if duration is not None and path.stem in values: seconds[path.stem] = duration
     versions = stage_files[0]['versions'] if stage_files else {}
+    def distinct(key): return list(dict.fromkeys(s[key] for s in stage_files if s.get(key)))
     images = run/values.get('preprocess', {}).get('out', 'images')
     return {'run': run.name, 'profile': plan.get('profile', ''),
             'settings': plan.get('settings', []),
             'counts': counts, 'classes': classes, 'values': values,
-            'seconds': seconds, 'versions': versions, 'masks': mask_counts(pairs),
+            'seconds': seconds, 'versions': versions, 'commits': distinct('commit'),
+            'machines': distinct('machine'), 'masks': mask_counts(pairs),
             'preprocessing': preprocessing_counts(images)}
 
 # %% ../../nbs/6_report/82_tables.ipynb #fdc73bc0
