@@ -565,7 +565,7 @@ def _baseline_comparison(out, best, baseline_names, fx, pairs, summary):
 def subgroup_scores(
     scores:pd.DataFrame, # model, source, epoch, pair, ssim and ms_ssim
     pairs:pd.DataFrame, # pair, image, patient, view and pathology
-    min_images:int=20, # Number of different images below which a group is not ranked
+    min_images:int=20, # Different images below which a group has no interval and no rank
 )->pd.DataFrame: # A row for each checkpoint, metric and group (rank 1 is best)
     "Means by pathology, view and region, with 95 % intervals over patients"
     checkpoint = ['model', 'source', 'epoch']
@@ -588,9 +588,10 @@ def subgroup_scores(
     square_sums = (by_patient.deviation.sum()**2).groupby(keys, sort=False).sum()
     df = table.n_patients-1
     se = np.sqrt(table.n_patients/df.where(df>0)*square_sums)/table.n_pairs
-    half_width = se*stdtrit(df.clip(1), .975)
+    is_enough = table.n_images>=min_images
+    half_width = (se*stdtrit(df.clip(1), .975)).where(is_enough)
 
-    ranked = table['mean'].where(table.n_images>=min_images)
+    ranked = table['mean'].where(is_enough)
     rank = ranked.groupby(keys[:-1], sort=False).rank(ascending=False)
     table = table.assign(
         ci_low=table['mean']-half_width, ci_high=table['mean']+half_width, rank=rank)

@@ -786,7 +786,9 @@ def _score_tables(evidence):
     best, names = evidence.table('best_checkpoints'), evidence.names
     if not len(best): return []
     note = ('The best checkpoint of each model by each metric on the test pairs themselves, as in '
-            "the paper. The paper's values come from its own images and its own models")
+            'the paper. Noise improvement: how many times better than noise. The size of MMD² depends '
+            "on kernel and features, which the paper does not state in full. The paper's values come "
+            'from its own images and its own models')
     renamed = [MODEL_NAMES[m] for m in MODEL_NAMES if names.get(m, m)!=MODEL_NAMES[m]]
     inpainting_note = f'{note}: {join_names(renamed)}.' if renamed else f'{note}.'
     return [table_rows('Table 1, models that generate full images',
