@@ -1,5 +1,6 @@
 # All commands of this repository; `make help` lists them. Variables of the shell have no effect: write them after make.
 PROFILE := demo
+STUDY :=
 DATA :=
 RUN :=
 SET :=
@@ -15,7 +16,7 @@ ONLY :=
 OUTPUTS :=
 MODELS :=
 IN := .venv/bin/
-STUDY := $(IN)python -m elbowsynth.run study --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)' --cluster "$(CLUSTER)" --site "$(SITE)"
+RUNNER := $(IN)python -m elbowsynth.run study --study "$(STUDY)" --profile "$(PROFILE)" --data "$(DATA)" --run "$(RUN)" --set '$(SET)' --cluster "$(CLUSTER)" --site "$(SITE)"
 
 # Compiled modules are kept, also where a container forbids it: without them each process compiles torch and diffusers anew
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,7 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help: ## List the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
-	@echo; echo '  PROFILE=smoke|demo|paper  DATA=FOLDER  RUN=NAME (below _runs)  SET="epochs=3 flux.decay_rate=-0.7"  ALL=1'
+	@echo; echo '  PROFILE=smoke|demo|paper  STUDY=NAME|FILE  DATA=FOLDER  RUN=NAME (below _runs)  SET="epochs=3 flux.decay_rate=-0.7"  ALL=1'
 
 install: .venv/installed ## Install the packages of requirements.lock into .venv (other commands do this when needed)
 
@@ -33,10 +34,10 @@ install: .venv/installed ## Install the packages of requirements.lock into .venv
 	@sh workflow/install.sh
 
 study: install ## Run the stages of the study that are out of date, and write its report; CLUSTER=slurm SITE=FILE: as jobs of Slurm; DRY=1: list the jobs
-	@$(STUDY) $(if $(DRY),--dry)
+	@$(RUNNER) $(if $(DRY),--dry)
 
 inpaint: install ## Inpaint DATA=FOLDER with the base models, without fine-tuning
-	@$(STUDY) --set 'split= epochs=0 boost_epochs=0 sdxl.out=sdxl_untrained flux.out=flux_untrained' --target sdxl --target flux
+	@$(RUNNER) --set 'split= epochs=0 boost_epochs=0 sdxl.out=sdxl_untrained flux.out=flux_untrained' --target sdxl --target flux
 
 import: install ## Convert DATA=FOLDER, FROM=dicom|mura|fracatlas|yolo|folder|png16, to images and labels.csv in TO=FOLDER
 	@$(IN)python -m elbowsynth.data.import_cli $(FROM) "$(DATA)" "$(TO)" $(OPTIONS)

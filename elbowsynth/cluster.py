@@ -16,7 +16,7 @@ import yaml
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from .core import root
-from .data.classes import PATHOLOGIES, VIEWS
+from .study import ELBOW, Study
 from .job import Job, log
 from .stages import suggestion
 
@@ -30,9 +30,11 @@ def checkpoints(
     return sorted({*range(0, last+1, every), epochs, last})
 
 # %% ../nbs/9_run/93_cluster.ipynb #4fdb4713
-def wgan_gp_names()->list[str]: # Such as `AP__normal`
+def wgan_gp_names(
+    study:Study=ELBOW,
+)->list[str]: # Such as `AP__normal`
     "The folders of the WGAN-GPs, one for each view and pathology"
-    return [f'{view}__{p.replace(" ", "_")}' for view in VIEWS for p in PATHOLOGIES]
+    return [f'{view}__{p.replace(" ", "_")}' for view in study.views for p in study.classes]
 
 # %% ../nbs/9_run/93_cluster.ipynb #259289bb
 def _part(job, what, dependencies, kind='', **values):

@@ -21,6 +21,7 @@ from .core import root
 from .data.labels import normalize_labels
 from .job import Job
 from .paper import FACTS, TABLE3
+from .study import ELBOW, find_study, load_study, Study
 
 # %% ../nbs/9_run/95_costs.ipynb #93972f21
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Counts:
     images:int
     classes:dict # Pathology to its pairs for training and for testing
     source:str # Where they are from
+    study:Study = ELBOW
 
 def count_pairs(
     counts:Counts,
@@ -49,20 +51,21 @@ def table3_counts(
 def data_counts(
     folder:Path, # Holds `labels.csv`; the images are not read
     test_fraction:float=.3, # Share of the test set
+    study:Study=ELBOW,
 )->Counts:
     "The counts of the user's radiographs; the split is made later, so its sizes are estimates"
-    table = normalize_labels(folder)
-    unknown = sorted(set(table.pathology)-set(TABLE3))
+    table = normalize_labels(folder, study=study)
+    unknown = sorted(set(table.pathology)-set(study.classes))
     if unknown:
         shown = ', '.join(repr(name) for name in unknown[:5])
         raise ValueError(f'{len(unknown)} unknown pathologies ({shown}) in {folder}/labels.csv; '
-                         f'expected {", ".join(TABLE3)}; fix: rename them in labels.csv')
+                         f'expected {", ".join(study.classes)}; fix: rename them in labels.csv')
     n_pairs, classes = table.pathology.value_counts().to_dict(), {}
-    for pathology in TABLE3:
+    for pathology in study.classes:
         n = n_pairs.get(pathology, 0)
         n_test = round(n*test_fraction)
         classes[pathology] = n-n_test, n_test
-    return Counts(table.file.nunique(), classes, f'{folder}/labels.csv')
+    return Counts(table.file.nunique(), classes, f'{folder}/labels.csv', study)
 
 # %% ../nbs/9_run/95_costs.ipynb #e8e8b3e0
 def planned_counts(
@@ -71,7 +74,10 @@ def planned_counts(
 )->Counts:
     "The counts of a study"
     values = {job.stage: job.values for job in jobs}
-    if data: return data_counts(Path(data), values.get('split', {}).get('test_fraction', .3))
+    if data:
+        named = values.get('preprocess', {}).get('study', '')
+        test_fraction = values.get('split', {}).get('test_fraction', .3)
+        return data_counts(Path(data), test_fraction, load_study(find_study(named, data)))
     n_patients = values.get('phantom', {}).get('n_patients', 0)
     return table3_counts(2*n_patients/(FACTS['images'][0]+1) if n_patients else 1.)
 
@@ -102,11 +108,11 @@ def model_pairs(
     values:dict, # Parameter to value of `wgan_gp`
     counts:Counts,
 )->tuple[float,float]: # For training, for testing
-    "Pairs of the WGAN-GPs that a job trains; each view has half of a class"
-    sizes = {}
-    for name in wgan_gp_names():
-        pathology = name.split('__')[1].replace('_', ' ')
-        sizes[name] = tuple(n/2 for n in counts.classes[pathology])
+    "Pairs of the WGAN-GPs that a job trains; each view has an equal share of a class"
+    n_views = len(counts.study.views)
+    by_name = {p.replace(' ', '_'): sizes for p,sizes in counts.classes.items()}
+    sizes = {name: tuple(n/n_views for n in by_name[name.split('__')[1]])
+             for name in wgan_gp_names(counts.study)}
     names = [n for n in sizes if sizes[n][0]>0 and sizes[n][1]>0]
     names = sorted(names, key=lambda n: sizes[n][::-1], reverse=True)[:values['max_models']]
     chosen = values.get('only_models') or names

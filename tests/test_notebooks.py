@@ -306,10 +306,10 @@ def test_each_module_has_its_notebook():
     assert modules=={exported_module(p) for p in NUMBERED if makes_a_module(p)}
 
 # The picture of the library: the parts that each part may import, besides its own modules.
-# core, paper <- stages <- data <- {phantom, evaluation, training} <- {gans, diffusion} <- report <- experiments; run knows the stages only, and site may use all
-BASE = {'core', 'paper', 'stages'}
+# core, paper <- study, stages <- data <- {phantom, evaluation, training} <- {gans, diffusion} <- report <- experiments; run knows the stages only, and site may use all
+BASE = {'core', 'paper', 'stages', 'study'}
 IMPORTS = {
-    'core': set(), 'paper': set(), 'stages': {'core', 'paper'}, 'data': BASE,
+    'core': set(), 'paper': set(), 'study': {'core'}, 'stages': {'core', 'paper'}, 'data': BASE,
     'phantom': BASE | {'data'}, 'training': BASE | {'data'}, 'evaluation': BASE | {'data', 'training'},      # training: get_device
     'gans': BASE | {'data', 'phantom', 'evaluation', 'training'},
     'diffusion': BASE | {'data', 'phantom', 'evaluation', 'training'},

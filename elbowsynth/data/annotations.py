@@ -13,7 +13,7 @@ import base64, glob, json
 import numpy as np, pandas as pd
 from collections import Counter
 from pathlib import Path
-from .classes import PATHOLOGIES
+from ..study import ELBOW, Study
 from .images import (
     channel_max, decode_image, image_shape, MAX_PIXELS, read_image, resolve_inside, write_png)
 from .labels import error_report, LabelsError, MAX_LINES, pair_name
@@ -520,12 +520,13 @@ def read_label_mask(
     path:Path, # An image in which each gray level above 0 is a class
     file:str, # The radiograph that it belongs to
     names:dict=None, # Gray level to label; None to use the levels as labels
+    study:Study=ELBOW,
 )->list[dict]: # A shape for each gray level
     "The shapes of a label image"
     label_image = channel_max(read_image(path))
     height, width = label_image.shape
     levels = [int(level) for level in np.unique(label_image) if level]
-    if len(levels)>len(PATHOLOGIES):
+    if len(levels)>len(study.classes):
         raise ValueError(f'{Path(path).name} has {len(levels)} gray levels, too many for classes; '
                          'fix: save it without smoothing or compression')
     shapes = []
@@ -608,7 +609,7 @@ def polygon_area(
     return abs(x@np.roll(y, -1)-y@np.roll(x, -1))/2
 
 # %% ../../nbs/2_data/23_annotations.ipynb #47d312f1
-def _label_errors(shapes, label_map):
+def _label_errors(shapes, label_map, study):
     "Labels without a class, and labels of an unknown class"
     errors = []
     labels = [s['label'] for s in shapes if s['label'] or 'error' not in s]
@@ -619,9 +620,9 @@ def _label_errors(shapes, label_map):
             errors.append(f'label {label!r} of {n} shape{plural} has no class; '
                           'fix: map it to one, or to "" to drop it')
     for label,pathology in label_map.items():
-        if pathology and pathology not in PATHOLOGIES:
+        if pathology and pathology not in study.classes:
             errors.append(f'label {label!r}: {pathology!r} is not a class; '
-                          f'expected one of {", ".join(PATHOLOGIES)}')
+                          f'expected one of {", ".join(study.classes)}')
     return errors
 
 # %% ../../nbs/2_data/23_annotations.ipynb #7da0b5e3
@@ -649,12 +650,13 @@ def _shape_errors(shape, folder, tolerance_px):
 # %% ../../nbs/2_data/23_annotations.ipynb #8ab2fad9
 def annotation_errors(
     shapes:list[dict], # From the readers
-    classes:dict, # Label to one of `PATHOLOGIES`, or to '' for labels to drop
+    classes:dict, # Label to a class of the study, or to '' for labels to drop
     folder:Path, # Folder of the images
     tolerance_px:float=2., # Pixels by which a shape may leave the image
+    study:Study=ELBOW,
 )->list[str]: # A line for each error
     "What is wrong with shapes, their labels and their images"
-    errors = _label_errors(shapes, classes)
+    errors = _label_errors(shapes, classes, study)
     for shape in shapes:
         is_wanted = bool(classes.get(shape['label']))
         if 'error' in shape and (is_wanted or not shape['label']):
@@ -665,11 +667,12 @@ def annotation_errors(
 # %% ../../nbs/2_data/23_annotations.ipynb #55433d4c
 def rasterize_masks(
     shapes:list[dict], # From the readers
-    classes:dict, # Label to one of `PATHOLOGIES`, or to '' for labels to drop
+    classes:dict, # Label to a class of the study, or to '' for labels to drop
     folder:Path, # Folder of the images; masks are written to its folder `masks`
+    study:Study=ELBOW,
 )->pd.DataFrame: # Columns file, pathology and mask: a row for each pair
     "Write one mask for each image and pathology; raises `LabelsError` with all errors"
-    errors = annotation_errors(shapes, classes, folder)
+    errors = annotation_errors(shapes, classes, folder, study=study)
     if errors:
         raise LabelsError(error_report(f'the annotations of {folder} have', [], errors))
     polygons = {}

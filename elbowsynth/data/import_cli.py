@@ -11,9 +11,11 @@ import argparse, re, sys
 from pathlib import Path
 from .labels import MAX_LINES
 from .importers import (
-    import_folder, Imported, label_mapping, normalize_term, SIDE_ALIASES, VIEW_ALIASES)
+    import_folder, Imported, label_mapping, normalize_term, term_aliases)
 from .dicom import import_dicom
-from .public_datasets import import_fracatlas, import_mura, import_png16, import_yolo
+from ..study import load_study, study_names, study_path
+from .public_datasets import (
+    import_chestxray14, import_fracatlas, import_mura, import_png16, import_yolo)
 
 # %% ../../nbs/2_data/27_import_cli.ipynb #c1ee7f80
 REMARKS = {'n_augmented_copies_dropped': 'augmented copies dropped',
@@ -98,9 +100,11 @@ def parse_label_args(
 
 # %% ../../nbs/2_data/27_import_cli.ipynb #22d66d82
 IMPORTERS = {'dicom': import_dicom, 'mura': import_mura, 'fracatlas': import_fracatlas,
-             'yolo': import_yolo, 'folder': import_folder, 'png16': import_png16}
+             'yolo': import_yolo, 'folder': import_folder, 'png16': import_png16,
+             'chestxray14': import_chestxray14}
 ALLOWED_OPTIONS = {
-    'labels': ['mura', 'fracatlas', 'yolo', 'folder', 'png16'], 'unmapped': ['yolo', 'folder'],
+    'labels': ['mura', 'fracatlas', 'yolo', 'folder', 'png16', 'chestxray14'],
+    'unmapped': ['yolo', 'folder'], 'region': ['mura'], 'boxes': ['yolo', 'png16', 'chestxray14'],
     'columns': ['folder', 'png16'], 'table': ['folder', 'png16'], 'annotations': ['folder'],
     'attribute': ['folder'],
     'files': ['fracatlas'], 'body_parts': ['fracatlas'], 'empty_label': ['yolo'],
@@ -116,9 +120,13 @@ def build_parser()->argparse.ArgumentParser: # For all importers
     add('importer', choices=list(IMPORTERS))
     add('source', type=Path, help='the data set; never changed')
     add('out', type=Path, help='folder to write')
-    add('--view', default='', help='AP or LAT, where unknown')
-    add('--side', default='', help='L or R, where unknown')
-    add('--pathology', default='', help='one of the 14 classes, where unknown')
+    add('--study', default='elbow', metavar='NAME|FILE',
+        help=f'definition of classes and views: a file, or one of {", ".join(study_names())}')
+    add('--view', default='', help='a view of the study, where unknown')
+    add('--side', default='', help='a side of the study, where unknown')
+    add('--pathology', default='', help='a class of the study, where unknown')
+    add('--region', help='elbow, wrist, hand, ... (mura)')
+    add('--boxes', choices=['box', 'ellipse'], help='masks of boxes (yolo, png16, chestxray14)')
     add('--license', help='of the data set; written to each row of labels.csv')
     add('--overrides', type=Path, help='CSV with file, view, side, pathology')
     add('--label', action='append', dest='labels', metavar='WORD=CLASS',
@@ -155,19 +163,24 @@ def importer_kwargs(
     args:argparse.Namespace, # From `build_parser`
 )->dict: # Keyword arguments of the importer
     "The arguments of an importer; raises ValueError for options that it does not have"
+    definition = load_study(args.study)
+    options = definition.dataset.get('options', {})
+    if args.importer!=definition.dataset.get('importer'): options = {}
     given = {k: getattr(args, k) for k in ALLOWED_OPTIONS if getattr(args, k) not in (None, [])}
     unsupported = [_flag(k) for k in given if args.importer not in ALLOWED_OPTIONS[k]]
     if unsupported: raise ValueError(f'{args.importer} does not support {", ".join(unsupported)}')
-    defaults = {'view': normalize_term(args.view, VIEW_ALIASES),
-                'side': normalize_term(args.side, SIDE_ALIASES),
-                'pathology': label_mapping([args.pathology])[args.pathology]}
+    pathologies = label_mapping([args.pathology], study=definition)
+    defaults = {'view': normalize_term(args.view, term_aliases(definition, 'view')),
+                'side': normalize_term(args.side, term_aliases(definition, 'side')),
+                'pathology': pathologies[args.pathology]}
     texts = {'view': args.view, 'side': args.side}
     unknown = [f'--{k} {text}' for k,text in texts.items() if text and not defaults[k]]
     if unknown: raise ValueError(f'unknown: {", ".join(unknown)}')
     for key in ('labels', 'columns'):
         if key in given: given[key] = parse_label_args(given[key])
     if args.license is not None: given['license'] = args.license
-    return given | {'defaults': defaults, 'overrides': args.overrides}
+    study = args.study if args.study in study_names() else str(study_path(args.study))
+    return options | given | {'defaults': defaults, 'overrides': args.overrides, 'study': study}
 
 def main():
     "Import a data set and print the summary"

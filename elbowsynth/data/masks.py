@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['W_GAP', 'W_GROWTH', 'W_BRIGHT', 'MIN_AXIS_PROBABILITY', 'PAIR_COLUMNS', 'FIXES', 'IMPLIED_MASK_AREA', 'overlay',
            'estimate_joint', 'limb_profile', 'limb_directions', 'estimate_limb_axes', 'heuristic_mask', 'mask_regions',
-           'write_mask', 'write_masks', 'empty_background', 'mask_error', 'mask_paths', 'check_mask', 'check_masks',
-           'plot_mask_checks', 'mask_area_table']
+           'borrowed_mask', 'write_mask', 'write_masks', 'empty_background', 'mask_error', 'mask_paths', 'check_mask',
+           'check_masks', 'plot_mask_checks', 'mask_area_table']
 
 # %% ../../nbs/2_data/31_masks.ipynb #2542dd68
 import math, zlib
@@ -14,7 +14,8 @@ import cv2, numpy as np, pandas as pd
 from pathlib import Path
 from ..core import (
     atomic_write, content_hash, parallel_map, progress, require_path, show_images)
-from .classes import caption, region_of, REGIONS
+from ..study import copy_study, ELBOW, read_study, Study
+from .classes import caption, region_of
 from .images import (
     image_shape, read_image, read_mask, resolve_inside, thumbnail, write_png)
 from .labels import (
@@ -122,7 +123,7 @@ def _probability(candidate): return candidate[2]
 # %% ../../nbs/2_data/31_masks.ipynb #0e6ee182
 def heuristic_mask(
     image:np.ndarray, # (size, size), uint8, bone bright
-    region:str, # A key of `REGIONS`
+    region:str, # A region of the elbow
     name:str='', # Name of the pair; seeds the outline
 )->np.ndarray: # (size, size) bool
     "Estimate the area of a region (Sections 3.1.1 to 3.1.4)"
@@ -146,10 +147,31 @@ def heuristic_mask(
 # %% ../../nbs/2_data/31_masks.ipynb #85ef6256
 def mask_regions(
     pairs:pd.DataFrame, # Columns `pathology` and `view`
-)->list[str]: # A key of `REGIONS` for each pair
-    "The region of each pair's mask; normal radiographs are distributed evenly over all four"
+    study:Study=ELBOW,
+)->list[str]: # A region of the study for each pair; empty if it has none
+    "The region of each pair's mask; images of a class without one are distributed evenly over all"
     count = pairs.groupby(['view', 'pathology']).cumcount()
-    return [region_of(p) or list(REGIONS)[k%4] for p,k in zip(pairs.pathology, count)]
+    regions = study.regions or ['']
+    return [region_of(p, study) or regions[k%len(regions)] for p,k in zip(pairs.pathology, count)]
+
+# %% ../../nbs/2_data/31_masks.ipynb #ffa96103
+def borrowed_mask(
+    pair, # A row with `pair`, `view` and `pathology`
+    drawn:pd.DataFrame, # Pairs whose masks were drawn
+    masks:Path, # Folder of these masks
+    size:int, # Side of the mask, pixels
+)->np.ndarray: # (size, size) bool
+    "The mask of another pair, chosen by the name of this one; a disc if none was drawn"
+    same_view = drawn[drawn['view']==pair.view]
+    same_class = same_view[same_view.pathology==pair.pathology]
+    candidates = next((t for t in (same_class, same_view, drawn) if len(t)), drawn)
+    paths = [Path(masks)/f'{name}.png' for name in candidates.pair]
+    paths = [path for path in paths if path.is_file()]
+    seed = zlib.crc32(pair.pair.encode())
+    if paths: return read_mask(paths[seed%len(paths)])
+    rng, up = np.random.default_rng(seed), np.array([0, -1])
+    outline = hand_drawn_ellipse(np.array([.5, .5]), up, .25, .25, rng)
+    return polygon_mask([size*outline], size, size)
 
 # %% ../../nbs/2_data/31_masks.ipynb #bd6c6429
 def write_mask(
@@ -158,13 +180,15 @@ def write_mask(
     data:Path, # Folder of the original images and masks
     images:Path, # Folder of the preprocessed images
     out:Path, # Folder to write
+    drawn:pd.DataFrame=None, # Pairs whose masks were drawn and written; None for the elbow
 )->tuple: # `annotated` or `heuristic`, and the area as a fraction of the image
     "Write the mask of one pair"
     image_path = Path(images)/f'{pair.image}.png'
     if pair.mask:
         original = read_mask(resolve_inside(data, pair.mask)).astype(np.uint8)*255
         mask = to_square(original, geometry, image_shape(image_path)[0])>127
-    else: mask = heuristic_mask(read_image(image_path), pair.region, pair.pair)
+    elif drawn is None: mask = heuristic_mask(read_image(image_path), pair.region, pair.pair)
+    else: mask = borrowed_mask(pair, drawn, out, image_shape(image_path)[0])
     if mask.any(): write_png(Path(out)/f'{pair.pair}.png', mask.astype(np.uint8)*255)
     return 'annotated' if pair.mask else 'heuristic', round(float(mask.mean()), 4)
 
@@ -187,18 +211,23 @@ def write_masks(
     max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
 )->pd.DataFrame: # A row for each pair: `pairs.csv`
     "Write a mask and a caption for each pair"
-    geometries = _read_geometries(images)
+    geometries, study = _read_geometries(images), read_study(images)
     pairs = read_pairs(images, 'preprocess')
-    missing = missing_label_errors(pairs, columns=('view', 'side'))
+    missing = missing_label_errors(pairs, columns=('view', 'side'), study=study)
     if missing: raise LabelsError(error_report(f'the labels of {data} have', [], missing))
     pairs['pair'] = [pair_name(i, p) for i,p in zip(pairs.image, pairs.pathology)]
-    pairs['region'] = mask_regions(pairs)
+    pairs['region'] = mask_regions(pairs, study)
     for column in ('license', 'group'): pairs[column] = pairs.get(column, '')
 
-    def write(pair): return write_mask(pair, geometries[pair.image], data, images, out)
-    written = parallel_map(write, pairs.itertuples())
-    written = list(progress(written, 'Masks', total=len(pairs), max_minutes=max_minutes))
-    pairs['mask_source'], pairs['mask_area'] = zip(*written)
+    drawn = None if study.simulation=='elbow' else pairs[pairs['mask']!='']
+    def write(pair): return write_mask(pair, geometries[pair.image], data, images, out, drawn)
+    is_drawn = pairs['mask']!=''                                    # first: others may borrow them
+    for part,desc in ((pairs[is_drawn], 'Masks'), (pairs[~is_drawn], 'Suggested masks')):
+        if not len(part): continue
+        written = parallel_map(write, part.itertuples())
+        written = list(progress(written, desc, total=len(part), max_minutes=max_minutes))
+        pairs.loc[part.index, 'mask_source'] = [source for source,_ in written]
+        pairs.loc[part.index, 'mask_area'] = [area for _,area in written]
     empty = pairs[pairs.mask_area==0]
     if len(empty):
         lines = [f'{len(empty)} masks of {data} are empty after cropping:']
@@ -206,16 +235,18 @@ def write_masks(
             box = geometries[r.image]
             kept = f'rows {box.top} to {box.bottom} and columns {box.left} to {box.right}'
             lines.append(f'  {r.mask}: white only in the padding that was cropped, outside {kept}; '
-                         'fix: draw it over the elbow')
+                         f'fix: draw it over the {study.body_part}')
         raise ValueError('\n'.join(lines))
 
     for stale in {p.stem for p in Path(out).glob('*.png')}-set(pairs.pair):
         (Path(out)/f'{stale}.png').unlink()
     pathologies = pairs.groupby('image').pathology.agg(set)
-    pairs['caption'] = [caption(v, pathologies[i]) for v,i in zip(pairs.view, pairs.image)]
+    pairs['caption'] = [caption(v, pathologies[i], study)
+                        for v,i in zip(pairs.view, pairs.image)]
     table = pairs[PAIR_COLUMNS]
     with atomic_write(Path(out)/'pairs.csv') as part:
         escape_cells(table).to_csv(part, index=False)
+    copy_study(images, out)
     return table
 
 # %% ../../nbs/2_data/31_masks.ipynb #d85fc705
@@ -234,8 +265,8 @@ FIXES = {'missing': 'draw a mask, or leave it to the stage `masks`, which create
          'empty': 'paint the area white, or remove the mask from the table',
          'full': 'paint only the area white',
          'wrong polarity': 'invert it: white is where the image may change',
-         'on empty background': 'draw it over the elbow; the image is uniform or black below it',
-         'unknown direction': 'draw it; the arm could not be found, and a circle was taken instead'}
+         'on empty background': 'draw it over the anatomy; the image is uniform or black below it',
+         'unknown direction': 'draw it; no limb was found, and a circle was taken instead'}
 
 # %% ../../nbs/2_data/31_masks.ipynb #2e3b538b
 def mask_error(
@@ -284,6 +315,7 @@ def mask_paths(
 # %% ../../nbs/2_data/31_masks.ipynb #3a6f67b6
 def check_mask(
     pair, # A row of `mask_paths`
+    study:Study=ELBOW,
 )->tuple: # The issue, empty if none, and a hash of the mask, empty if it is not to be compared
     "Check the mask of one pair"
     if pair.mask is None: return 'missing', ''
@@ -293,7 +325,8 @@ def check_mask(
     try: image = read_image(pair.image)
     except ValueError: return '', content_hash(mask)                # reported elsewhere
     issue = mask_error(mask, image)
-    needs_axes = pair.mask_source=='heuristic' and region_of(pair.pathology) not in (None, 'joint')
+    has_axes = study.simulation=='elbow' and region_of(pair.pathology, study) not in (None, 'joint')
+    needs_axes = pair.mask_source=='heuristic' and has_axes
     if not issue and needs_axes and estimate_limb_axes(image, estimate_joint(image))[0] is None:
         issue = 'unknown direction'
     return issue, '' if issue in ('empty', 'full') else content_hash(mask)
@@ -304,8 +337,8 @@ def check_masks(
     images:Path=None, # The preprocessed images, for masks of the stage
 )->pd.DataFrame: # pair, issue, fix: a row for each pair with an issue
     "Find masks with one of the issues in `FIXES`, and duplicates"
-    table = mask_paths(folder, images)
-    checks = parallel_map(check_mask, table.itertuples())
+    table, study = mask_paths(folder, images), read_study(images or folder)
+    checks = parallel_map(lambda pair: check_mask(pair, study), table.itertuples())
     checks = progress(checks, 'Checking masks', total=len(table))
     table['issue'], table['hash'] = zip(*checks)
     table['fix'] = table.issue.map(FIXES)
@@ -356,13 +389,16 @@ IMPLIED_MASK_AREA = (1-.735)/(1-.083)
 
 def mask_area_table(
     pairs:pd.DataFrame, # Columns `pathology` and `mask_area`
+    study:Study=ELBOW,
 )->pd.DataFrame: # count, mean, min, max and implied_by_paper, by region and for all
     "Mask areas, next to the mean area that the paper's scores imply"
     statistics = ['count', 'mean', 'min', 'max']
-    regions = pairs.pathology.map(lambda p: region_of(p) or 'any (normal)')
+    any_region = f'any ({study.normal})' if study.normal else 'any'
+    regions = pairs.pathology.map(lambda p: region_of(p, study) or any_region)
     by_region = pairs.groupby(regions).mask_area.agg(statistics)
-    by_region = by_region.reindex([*REGIONS, 'any (normal)']).dropna()
+    by_region = by_region.reindex([*study.regions, any_region]).dropna()
     overall = pairs.mask_area.agg(statistics).to_frame('all').T
     table = pd.concat([by_region, overall]).round(3).astype({'count': int})
-    table['implied_by_paper'] = ['']*len(by_region)+[f'{IMPLIED_MASK_AREA:.3f}']
+    if study.paper_counts:
+        table['implied_by_paper'] = ['']*len(by_region)+[f'{IMPLIED_MASK_AREA:.3f}']
     return table.rename_axis('region')

@@ -16,6 +16,7 @@ import cv2, numpy as np, pandas as pd
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from ..core import atomic_write, content_hash, parallel_map, progress
+from ..study import find_study, save_study
 from .images import (
     read_image, resolve_inside, thumbnail, to_grayscale, write_png)
 from .labels import escape_cells, IMAGE_COLUMNS, read_labels
@@ -692,11 +693,13 @@ def preprocess_folder(
     keep_overlay:bool=False, # Keep burned-in annotations
     n_threads:int=0, # Threads; 0 for one per core
     max_minutes:float=0, # Raise an error if the work would take longer; 0 for no limit
+    study:str='', # Name or file of a definition; empty: `study.yaml` of `data`, else elbow
 )->pd.DataFrame: # A row for each image: `images.csv`
     "Write a square for each radiograph, `pairs.csv`, `images.csv`, and `rejects.csv` with reasons"
     data, out = Path(data), Path(out)
-    labels = read_labels(data, required=IMAGE_COLUMNS)
     out.mkdir(parents=True, exist_ok=True)
+    definition = save_study(find_study(study, data), out)
+    labels = read_labels(data, required=IMAGE_COLUMNS, study=definition)
     journal, images = read_journal(out), list(labels.drop_duplicates('image').itertuples())
     probe = preprocess(_test_pattern(), 64, aspect, clahe_clip_limit).image # as the code is
 

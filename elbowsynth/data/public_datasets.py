@@ -4,26 +4,30 @@
 
 # %% auto #0
 __all__ = ['YOLO_FILES', 'mura_root', 'import_mura', 'fracatlas_record', 'import_fracatlas', 'yolo_label_file',
-           'drop_augmented_copies', 'YoloConfig', 'find_yolo_config', 'read_yolo_config', 'import_yolo', 'import_png16']
+           'drop_augmented_copies', 'YoloConfig', 'find_yolo_config', 'read_yolo_config', 'mask_shapes', 'import_yolo',
+           'import_png16', 'import_chestxray14']
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #0889d7f6
-import csv, re, yaml
+import csv, re, yaml, zlib
+import numpy as np
 from dataclasses import dataclass
 from pathlib import Path
+from ..study import ELBOW, load_study, plain_term, Study
 from .images import resolve_inside
 from .labels import read_table
-from .annotations import class_names, read_coco, read_yolo, summarize_errors
+from .annotations import (
+    box_polygon, class_names, hand_drawn_ellipse, read_coco, read_yolo, summarize_errors)
 from .importers import (
     column_map, images_from_table, Imported, label_mapping, list_files, name_index, original_stem,
-    read_grayscale, resolve_file, SYNONYMS, unique_names, write_import)
+    read_grayscale, resolve_file, SYNONYMS, term_aliases, unique_names, write_import)
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #650ac5ce
-def _is_mura(folder):
-    "Whether a folder holds elbow radiographs of MURA"
-    return any((folder/subset/'XR_ELBOW').is_dir() for subset in ('train', 'valid'))
+def _is_mura(folder, region):
+    "Whether a folder holds radiographs of a region of MURA"
+    return any((folder/subset/region).is_dir() for subset in ('train', 'valid'))
 
-def _listed_studies(top):
-    "Studies of elbows in the tables, as paths; raises ValueError if one contradicts its name"
+def _listed_studies(top, region):
+    "Studies of a region in the tables, as paths; raises ValueError if one contradicts its name"
     errors, studies = [], []
     for table in sorted(top.glob('*_labeled_studies.csv')):
         for line in table.read_text(encoding='utf-8-sig').splitlines():
@@ -34,21 +38,22 @@ def _listed_studies(top):
                 errors.append(f'{table.name} labels {study} as {label}, which contradicts the '
                               'name of the folder')
             parts = Path(study).parts[-4:]
-            if 'XR_ELBOW' in parts: studies.append('/'.join(parts))
+            if region in parts: studies.append('/'.join(parts))
     if errors: raise ValueError(f'{summarize_errors(errors)}; fix: download MURA again')
     return studies
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #49e019cb
 def mura_root(
     source:Path, # `MURA-v1.1` or its parent folder
+    region:str='XR_ELBOW', # Folder of a region
 )->Path: # The folder with `train` and `valid`
     "The folder of MURA; raises ValueError if it is missing, or if a table contradicts the folders"
     candidates = [Path(source), *sorted(Path(source).glob('MURA*'))]
-    found = [c for c in candidates if _is_mura(c)]
+    found = [c for c in candidates if _is_mura(c, region)]
     if not found:
-        raise ValueError(f'{source} has no train/XR_ELBOW or valid/XR_ELBOW; '
+        raise ValueError(f'{source} has no train/{region} or valid/{region}; '
                          'expected the folder MURA-v1.1')
-    _listed_studies(found[0])
+    _listed_studies(found[0], region)
     return found[0]
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #e3980049
@@ -57,42 +62,48 @@ def import_mura(
     out:Path, # Folder to write
     labels:dict=None, # Classes of `negative` and `positive`
     license:str='Stanford MURA research use, no redistribution', # Of the data set
+    region:str='elbow', # elbow, finger, forearm, hand, humerus, shoulder or wrist
+    study:str='elbow', # Name or file of a definition
     **kwargs, # For `write_import`: overrides, defaults, max_minutes
 )->Imported: # What was written
-    "Import the elbow radiographs of MURA; positive studies have no class"
-    top = mura_root(source)
-    classes = {'negative': 'normal', 'positive': ''} | (labels or {})
-    label_map = label_mapping(['negative', 'positive'], classes)
+    "Import a region of MURA; in the paper's study, positive images have no class"
+    folder, definition = f'XR_{region.upper()}', load_study(study)
+    top = mura_root(source, folder)
+    known = {w: definition.aliases['pathology'].get(w, '') for w in ('negative', 'positive')}
+    known['negative'] = known['negative'] or definition.normal or ''
+    label_map = label_mapping(list(known), known | (labels or {}), study=definition)
     files, rejects = list_files(top)
     folders = {Path(file).parent.as_posix() for file in files}
-    lost = [s for s in _listed_studies(top) if s not in folders]
+    lost = [s for s in _listed_studies(top, folder) if s not in folders]
     rejects += [(study, 'listed in a table, but without images') for study in lost]
     records = []
     for file in files:
         padded = (*Path(file).parts, '', '', '')
-        subset, region, patient, study = padded[:4]
-        label = study.rsplit('_', 1)[-1]
-        if region!='XR_ELBOW': continue
+        subset, of_region, patient, visit = padded[:4]
+        label = visit.rsplit('_', 1)[-1]
+        if of_region!=folder: continue
         if label not in label_map:
             rejects.append((file, 'its study is neither positive nor negative'))
             continue
-        extra = {'subset': subset, 'study': study.split('_')[0]}
-        records.append(dict(file=file, name=f'{patient}_{study}_{Path(file).stem}',
+        extra = {'subset': subset, 'study': visit.split('_')[0]}
+        records.append(dict(file=file, name=f'{patient}_{visit}_{Path(file).stem}',
                             patient=patient, labels=[label], extra=extra))
-    notes = {'format': 'MURA XR_ELBOW', 'label_level': 'study',
-             'n_other_regions': sum(Path(f).parts[1:2]!=('XR_ELBOW',) for f in files)}
+    notes = {'format': f'MURA {folder}', 'label_level': 'study',
+             'n_other_regions': sum(Path(f).parts[1:2]!=(folder,) for f in files)}
     return write_import(records, top, out, label_map, license=license, rejects=rejects,
-                        notes=notes, **kwargs)
+                        notes=notes, study=study, **kwargs)
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #1e612f11
 def fracatlas_record(
     row:dict, # Of `dataset.csv`
     file:str, # Its image
+    study:Study=ELBOW,
 )->dict: # A record for `write_import`
     "An image of FracAtlas as its table describes it"
     flags = {column for column,value in row.items() if value=='1'}
-    columns = {'frontal': 'AP', 'lateral': 'LAT', 'oblique': ''}
-    views = [view for column,view in columns.items() if column in flags]
+    known = term_aliases(study, 'view')
+    views = [known.get(column, '') for column in ('frontal', 'lateral', 'oblique')
+             if column in flags]
     has_one_view = len(views)==1 and 'multiscan' not in flags
     label = 'not fractured'
     if 'hardware' in flags: label = 'hardware'
@@ -140,6 +151,7 @@ def import_fracatlas(
     body_parts:list[str]=(), # Instead of `files`: hand, leg, hip, shoulder; images with any of them
     labels:dict=None, # Classes of `fractured`, `hardware` (without fracture) and `not fractured`
     license:str='CC BY 4.0', # Of the data set
+    study:str='elbow', # Name or file of a definition
     **kwargs, # For `write_import`: overrides, defaults, max_minutes
 )->Imported: # What was written
     "Import chosen images of FracAtlas, with the outlines of fractures as masks"
@@ -165,15 +177,17 @@ def import_fracatlas(
     unlisted = [f for f in (chosen or images) if f not in in_table]
     rejects += [(file, 'not listed in the table') for file in sorted(unlisted)]
 
-    records = []
+    records, definition = [], load_study(study)
     for file,same_file in rows.items():
         if len(same_file)>1: rejects.append((file, f'{len(same_file)} rows in the table'))
-        else: records.append(fracatlas_record(same_file[0], file))
+        else: records.append(fracatlas_record(same_file[0], file, definition))
     for record in records: record['shapes'] = outlines.get(record['file'], [])
-    classes = {'fractured': '', 'hardware': '', 'not fractured': 'normal'}
-    label_map = label_mapping(list(classes), classes | (labels or {}))
+    words = ('fractured', 'hardware', 'not fractured')
+    known = {word: definition.aliases['pathology'].get(word, '') for word in words}
+    known['not fractured'] = known['not fractured'] or definition.normal or ''
+    label_map = label_mapping(words, known | (labels or {}), study=definition)
     return write_import(records, source, out, label_map, license=license, rejects=rejects,
-                        notes={'format': 'FracAtlas'}, **kwargs)
+                        notes={'format': 'FracAtlas'}, study=study, **kwargs)
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #f54a3f94
 def yolo_label_file(
@@ -275,8 +289,45 @@ def _lost_yolo_files(source, files):
             lost.append((name, 'a label file without an image'))
     return lost
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #cff9deed
+def mask_shapes(
+    shapes:list[dict], # With `polygons`, in pixels
+    boxes:str, # `box`, or `ellipse` for a wavering ellipse inside each box
+    name:str, # Name of the image; seeds the outlines
+)->list[dict]:
+    "The shapes, with boxes that are parallel to the image replaced by ellipses if that is wanted"
+    if boxes not in ('box', 'ellipse'):
+        raise ValueError(f'boxes: expected box or ellipse, got {boxes!r}')
+    if boxes=='box': return shapes
+    rng, made = np.random.default_rng(zlib.crc32(name.encode())), []
+    for shape in shapes:
+        polygons = []
+        for polygon in shape.get('polygons', []):
+            corners = np.asarray(polygon)
+            is_box = len(corners)==4 and all(len(set(c))==2 for c in corners.round(3).T)
+            low, high = corners.min(0), corners.max(0)
+            center, (half_width, half_height) = (low+high)/2, (high-low)/2
+            upright = np.array([0., 1.])
+            outline = hand_drawn_ellipse(center, upright, half_height, half_width, rng,
+                                         size=float(max(high-low)), center_std=0.)
+            polygons.append(outline.clip(low, high) if is_box else polygon)
+        made.append(shape | {'polygons': polygons} if polygons else shape)
+    return made
+
+# %% ../../nbs/2_data/26_public_datasets.ipynb #fccd935f
+def _read_boxes(path, label_files, config, boxes):
+    "An image with the boxes of its YOLO file; one without a file is normal"
+    image, metadata = read_grayscale(path)
+    label_file = label_files.get(path.stem)
+    shapes = []
+    if label_file: shapes = read_yolo(label_file, *image.shape[:2], config.names, config.kpt_shape,
+                                      keep_errors=True)
+    shapes = [shape for shape in shapes if shape['label']!='text']      # the lead letter
+    labels = [] if shapes else ['(empty)']
+    return image, metadata | {'shapes': mask_shapes(shapes, boxes, path.stem), 'labels': labels}
+
 # %% ../../nbs/2_data/26_public_datasets.ipynb #189c0dc9
-def _read_yolo_image(path, source, config):
+def _read_yolo_image(path, source, config, boxes):
     "An image with the shapes of its label file"
     image, _ = read_grayscale(path)
     label_file = yolo_label_file(source, path.relative_to(source))
@@ -286,7 +337,8 @@ def _read_yolo_image(path, source, config):
                            keep_errors=True)
     except ValueError as e:                                         # without the name of the file
         raise ValueError(str(e).replace(label_file.name, 'its label file', 1)) from None
-    return image, {'shapes': shapes, 'labels': [] if shapes else ['(empty)']}
+    labels = [] if shapes else ['(empty)']
+    return image, {'shapes': mask_shapes(shapes, boxes, path.stem), 'labels': labels}
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #4eaa032f
 def import_yolo(
@@ -297,15 +349,18 @@ def import_yolo(
     empty_label:str='auto', # Class of an image with an empty label file; '' unknown, None dropped;
         # `auto`: normal if all classes are imported, unknown if one of them is not wanted
     license:str='', # Of the data set; empty for that in `data.yaml`
+    boxes:str='box', # Masks of boxes: `box`, or `ellipse` for a wavering one inside
+    study:str='elbow', # Name or file of a definition
     **kwargs, # For `write_import`: overrides, defaults, max_minutes
 )->Imported: # What was written
     "Import a YOLO data set; boxes and polygons become one mask for each image and class"
     source = Path(source)
     config = read_yolo_config(find_yolo_config(source))
-    label_map = label_mapping(list(config.names.values()), labels, unmapped)
+    definition = load_study(study)
+    label_map = label_mapping(list(config.names.values()), labels, unmapped, definition)
     is_complete = None not in label_map.values()
-    if empty_label=='auto': empty_label = 'normal' if is_complete else ''
-    label_mapping([empty_label or ''])                              # refuses unknown classes
+    if empty_label=='auto': empty_label = (definition.normal or '') if is_complete else ''
+    label_mapping([empty_label or ''], study=definition)            # refuses unknown classes
     label_map |= {'': '', '(empty)': empty_label}
     files, rejects = list_files(source)
     rejects += _lost_yolo_files(source, files)
@@ -317,19 +372,19 @@ def import_yolo(
                'class_of_empty_files': empty_label or 'unknown',
                'n_without_label_file': label_files.count(None)}
 
-    def read(path): return _read_yolo_image(path, source, config)
+    def read(path): return _read_yolo_image(path, source, config, boxes)
     original_files = [str(Path(f).with_name(original_stem(f)+Path(f).suffix)) for f in images]
     image_names = unique_names(original_files)
     records = [{'file': f, 'name': name} for f,name in zip(images, image_names)]
     return write_import(records, source, out, label_map, read, rejects=rejects,
                         license=license or config.license, notes={'format': 'YOLO'} | counts,
-                        **kwargs)
+                        study=study, **kwargs)
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #f9b31d22
-def _add_graz_columns(record, row):
+def _add_graz_columns(record, row, study):
     "Add `projection`, `fracture_visible`, `metal` and `cast` to a record; what is wrong with them"
-    projection = row.get('projection', '')
-    record['view'] = record['view'] or {'1': 'AP', '2': 'LAT'}.get(projection, '')
+    word = {'1': 'frontal', '2': 'lateral', '3': 'oblique'}.get(row.get('projection', ''), '')
+    record['view'] = record['view'] or term_aliases(study, 'view').get(word, '')
     flags = {'': False, '0': False, '1': True}
     values = {}
     for ours,theirs in (('fracture', 'fracture_visible'), ('hardware', 'metal'), ('cast', 'cast')):
@@ -341,6 +396,36 @@ def _add_graz_columns(record, row):
     record['extra'] |= {column: str(int(flag)) for column,flag in values.items()}
     return ''
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #98057544
+def _graz_records(rows, columns, records, lookup, study):
+    "The records with the further columns of the table; (file, reason) of faulty rows"
+    by_file, faulty = {r['file']: r for r in records}, {}
+    for row in rows.to_dict('records'):
+        file, _ = resolve_file(row[columns['file']], lookup)
+        if file not in by_file: continue
+        stated = dict(by_file[file], extra=dict(by_file[file]['extra']))
+        error = _add_graz_columns(stated, row, study)
+        is_other = by_file[file].get('row', row)!=row
+        if is_other: error = 'several rows in the table, which differ'
+        if error: faulty[file] = error
+        by_file[file] = stated | {'row': row}
+    complete = [by_file[r['file']] for r in records if r['file'] not in faulty]
+    for record in complete: record.pop('row')
+    return complete, list(faulty.items())
+
+# %% ../../nbs/2_data/26_public_datasets.ipynb #0995c8c0
+def _box_reader(source, records, boxes, study):
+    "A reader of images with their boxes, the meaning of the labels, the number of label files"
+    folders = [Path(source), *sorted(p.parent for p in Path(source).rglob('labels') if p.is_dir())]
+    folder = next((f for f in folders if any(f.glob('*.y*ml'))), Path(source))
+    config = read_yolo_config(find_yolo_config(folder))
+    files = {p.stem: p for p in sorted(Path(source).rglob('labels/**/*.txt'))}
+    known = {n: study.aliases['pathology'].get(plain_term(n)) for n in config.names.values()}
+    for record in records: record['labels'] = []                # the boxes state them
+    def read(path): return _read_boxes(path, files, config, boxes)
+    n_files = sum(Path(record['file']).stem in files for record in records)
+    return read, known | {'(empty)': study.normal or ''}, n_files
+
 # %% ../../nbs/2_data/26_public_datasets.ipynb #d0e17066
 def import_png16(
     source:Path, # Images in subfolders, and `dataset.csv`
@@ -348,31 +433,94 @@ def import_png16(
     table:Path=None, # The table; None for `dataset.csv` in `source`
     columns:dict=None, # Our column to theirs, where it has none of the usual names
     labels:dict=None, # Labels of the table, or `fracture` and `none`, to classes
+    boxes:str='', # Masks from the YOLO boxes of the data set: `box` or `ellipse`; empty for none
+    study:str='elbow', # Name or file of a definition
     **kwargs, # For `write_import`: license, overrides, defaults, max_minutes
 )->Imported: # What was written
     "Import a data set of 16-bit images at full bit depth"
     files, rejects = list_files(source, ('.png',))
     rows = read_table(Path(table or Path(source)/'dataset.csv'))
     columns = column_map(list(rows.columns), columns)
-    records, unmatched = images_from_table(rows, columns, files, source)
-    lookup, by_file = name_index(files), {r['file']: r for r in records}
-    faulty = {}
-    for row in rows.to_dict('records'):
-        file, _ = resolve_file(row[columns['file']], lookup)
-        if file not in by_file: continue
-        stated = dict(by_file[file], extra=dict(by_file[file]['extra']))
-        error = _add_graz_columns(stated, row)
-        is_other = by_file[file].get('row', row)!=row
-        if is_other: error = 'several rows in the table, which differ'
-        if error: faulty[file] = error
-        by_file[file] = stated | {'row': row}
-    rejects += list(faulty.items())
-    records = [by_file[r['file']] for r in records if r['file'] not in faulty]
-    for record in records: record.pop('row')
+    definition = load_study(study)
+    records, unmatched = images_from_table(rows, columns, files, source, definition)
+    records, faulty = _graz_records(rows, columns, records, name_index(files), definition)
+    rejects += faulty
+    read, given = read_grayscale, {}
+    notes = {'format': '16-bit PNG'}
+    if boxes:
+        read, given, n_files = _box_reader(source, records, boxes, definition)
+        notes['n_label_files'] = n_files
+    terms = {label for record in records for label in record['labels']}
+    known = {w: definition.aliases['pathology'].get(w, '') for w in ('fracture', 'none')}
+    label_map = label_mapping(given or terms, known | given | (labels or {}), study=definition)
+    return write_import(records, source, out, label_map, read, rejects=rejects+unmatched,
+                        notes=notes, study=study, **kwargs)
 
-    terms = set()
-    for record in records:
-        terms |= set(record['labels']) | {shape['label'] for shape in record['shapes']}
-    label_map = label_mapping(terms, {'fracture': '', 'none': ''} | (labels or {}))
-    return write_import(records, source, out, label_map, rejects=rejects+unmatched,
-                        notes={'format': '16-bit PNG'}, **kwargs)
+# %% ../../nbs/2_data/26_public_datasets.ipynb #e99325ff
+def _read_chest_boxes(path):
+    "Image to its shapes; the four numbers of a box are in columns of their own"
+    shapes = {}
+    with Path(path).open(encoding='utf-8-sig', newline='') as f:
+        rows = list(csv.reader(f, strict=True))
+    for line,row in enumerate(rows[1:], 2):
+        if not any(row): continue
+        try: x, y, w, h = (float(text) for text in row[2:6])
+        except ValueError:
+            expected = 'expected image, finding, x, y, w, h'
+            raise ValueError(f'{Path(path).name}, line {line}: {expected}') from None
+        shape = {'label': row[1], 'polygons': [box_polygon(x, y, w, h)]}
+        shapes.setdefault(row[0], []).append(shape)
+    return shapes
+
+# %% ../../nbs/2_data/26_public_datasets.ipynb #ef3101cb
+def _first_table(source, pattern):
+    "The only file of a pattern; ValueError if there is none or several"
+    found = sorted(Path(source).glob(pattern))
+    if len(found)!=1: raise ValueError(f'{source} has {len(found)} files {pattern}, expected one')
+    return found[0]
+
+# %% ../../nbs/2_data/26_public_datasets.ipynb #810150ac
+def _chest_rows(table, shapes):
+    "The rows of images with boxes, and as many without a finding in each view"
+    with_box = table['image index'].isin(shapes)
+    normal = table[table['finding labels']=='No Finding']
+    n_wanted = table[with_box]['view position'].value_counts()
+    rank = normal.groupby('view position').cumcount()
+    is_wanted = rank<normal['view position'].map(n_wanted).fillna(0)
+    return table[with_box | is_wanted.reindex(table.index, fill_value=False)]
+
+# %% ../../nbs/2_data/26_public_datasets.ipynb #2ce3b38c
+def import_chestxray14(
+    source:Path, # `ChestXray-NIHCC`
+    out:Path, # Folder to write
+    labels:dict=None, # Findings of the boxes to classes
+    boxes:str='box', # Masks: `box`, or `ellipse` for a wavering one inside
+    license:str='NIH Clinical Center, no restrictions; cite the source', # Of the data set
+    study:str='chestxray14', # Name or file of a definition
+    **kwargs, # For `write_import`: overrides, defaults, max_minutes
+)->Imported: # What was written
+    "Import the images of ChestX-ray14 with boxes, and as many without a finding in each view"
+    definition = load_study(study)
+    table = read_table(_first_table(source, 'Data_Entry_2017*.csv'))
+    shapes = _read_chest_boxes(_first_table(source, 'BBox_List_2017*.csv'))
+    files, rejects = list_files(source, ('.png',))
+    lookup, views = name_index(files), term_aliases(definition, 'view')
+    lost = sorted(set(shapes)-set(table['image index']))
+    rejects += [(name, 'has a box, but no row in the table') for name in lost]
+    chosen = _chest_rows(table, shapes)
+    records = []
+    for row in chosen.to_dict('records'):
+        name = row['image index']
+        file, reason = resolve_file(name, lookup)
+        if reason:
+            rejects.append((name, reason))
+            continue
+        found = mask_shapes(shapes.get(name, []), boxes, Path(name).stem)
+        records.append({
+            'file': file, 'name': Path(name).stem, 'patient': row['patient id'],
+            'view': views.get(row['view position'].lower(), ''), 'shapes': found,
+            'labels': [] if found else ['No Finding']})
+    terms = {'No Finding', *(shape['label'] for r in records for shape in r['shapes'])}
+    label_map = label_mapping(sorted(terms), labels, study=definition)
+    return write_import(records, source, out, label_map, rejects=rejects, license=license,
+                        notes={'format': 'ChestX-ray14'}, study=study, **kwargs)

@@ -12,7 +12,8 @@ import numpy as np, pandas as pd
 from pathlib import Path
 from ..core import atomic_write
 from ..paper import TABLE3
-from .classes import PATHOLOGIES, region_of, VIEWS
+from ..study import copy_study, ELBOW, Study
+from .classes import region_of
 from .labels import (
     escape_cells, is_unknown_patient, normalize_patient_id, read_pairs)
 
@@ -96,16 +97,18 @@ def best_selection(
     return distance[best], n_test[best]
 
 # %% ../../nbs/2_data/32_split.ipynb #425ff0d2
-def _class_counts_by_group(pairs, group_index, n_groups):
+def _class_counts_by_group(pairs, group_index, n_groups, study):
     "Weighted counts of each patient group: classes, and for little their total and the views"
     def count(column, n_columns):
         index = group_index*n_columns+column
         return np.bincount(index, minlength=n_groups*n_columns).reshape(-1, n_columns)
 
-    label = pd.Categorical(pairs.pathology, PATHOLOGIES).codes.astype(int)
-    is_lateral = (pairs.get('view', pd.Series('AP', pairs.index))=='LAT').values
-    by_class = count(label, len(PATHOLOGIES))
-    by_class_and_view = count(2*label+is_lateral, 2*len(PATHOLOGIES))
+    n_classes, n_views = len(study.classes), len(study.views)
+    label = pd.Categorical(pairs.pathology, study.pathologies).codes.astype(int)
+    views = pairs.get('view', pd.Series('', pairs.index))
+    view = pd.Categorical(views, list(study.views)).codes.astype(int).clip(0)   # unknown: the first
+    by_class = count(label, n_classes)
+    by_class_and_view = count(n_views*label+view, n_views*n_classes)
     return np.hstack([by_class, .1*by_class.sum(1, keepdims=True), .05*by_class_and_view])
 
 # %% ../../nbs/2_data/32_split.ipynb #ed877f7a
@@ -128,6 +131,7 @@ def stratified_group_split(
     pairs:pd.DataFrame, # `patient` and `pathology` of each pair; `group`, `image`, `view` if known
     test_fraction:float=.3, # Fraction of each class's pairs to hold out (Section 3.1)
     seed:int=0, # Chooses among equally good splits
+    study:Study=ELBOW,
 )->pd.Series: # `train` or `test` for each row of `pairs`
     "Hold out patient groups so that each class has about `test_fraction` of its pairs in the test"
     groups, group_index = np.unique(patient_groups(pairs), return_inverse=True)
@@ -138,9 +142,9 @@ def stratified_group_split(
             f'cannot split: all {len(pairs)} pairs are of one patient, {patient}, or of one group, '
             'and neither may be in both sets; fix: add images of other patients. To inpaint these '
             'images with the base models, without fine-tuning: `make inpaint DATA=FOLDER`')
-    for p in set(pairs.pathology): region_of(p)                     # refuses unknown classes
+    for p in set(pairs.pathology): region_of(p, study)              # refuses unknown classes
 
-    counts = _class_counts_by_group(pairs, group_index, n_groups)
+    counts = _class_counts_by_group(pairs, group_index, n_groups, study)
     group_types, type_index, n_per_type = np.unique(
         counts, axis=0, return_inverse=True, return_counts=True)
     type_index = type_index.ravel()
@@ -219,18 +223,21 @@ def write_split(
     "Split the pairs and write `pairs.csv`; raises ValueError if most patients are unknown"
     pairs = read_pairs(masks, 'masks')
     if not allow_unknown_patients: check_patients_known(pairs)
-    pairs['split'] = stratified_group_split(pairs, test_fraction, seed)
+    study = copy_study(masks, out)
+    pairs['split'] = stratified_group_split(pairs, test_fraction, seed, study)
     with atomic_write(Path(out)/'pairs.csv') as part: escape_cells(pairs).to_csv(part, index=False)
     return pairs
 
 # %% ../../nbs/2_data/32_split.ipynb #f122acd2
 def class_counts(
     pairs:pd.DataFrame, # Columns `pathology` and `split`
+    study:Study=ELBOW,
 )->pd.DataFrame: # Columns train, test, paper train, paper test; a row for each class, and the total
-    "Training and test pairs of each class, next to the paper's (Table 3)"
+    "Training and test pairs of each class, next to the paper's (Table 3) if they are its classes"
     counts = pd.crosstab(pairs.pathology, pairs.split)
-    counts = counts.reindex(index=PATHOLOGIES, columns=['train', 'test'], fill_value=0)
-    counts = counts.join(pd.DataFrame(TABLE3, index=['paper train', 'paper test']).T)
+    counts = counts.reindex(index=study.pathologies, columns=['train', 'test'], fill_value=0)
+    paper = pd.DataFrame(TABLE3, index=['paper train', 'paper test']).T
+    if study.paper_counts: counts = counts.join(paper)
     total = counts.sum().to_frame('total').T
     return pd.concat([counts, total]).rename_axis(None, axis=1)
 
@@ -248,11 +255,12 @@ def format_shares(
 
 def view_counts(
     pairs:pd.DataFrame, # Columns `pathology`, `view` and `split`
-)->pd.DataFrame: # AP train, AP test, LAT train, LAT test; a row for each class, and the total
+    study:Study=ELBOW,
+)->pd.DataFrame: # VIEW train, VIEW test for each view; a row for each class, and the total
     "Training and test pairs of each class by view"
-    columns = [(view, subset) for view in VIEWS for subset in ('train', 'test')]
+    columns = [(view, subset) for view in study.views for subset in ('train', 'test')]
     counts = pd.crosstab(pairs.pathology, [pairs.view, pairs.split])
-    counts = counts.reindex(index=PATHOLOGIES, columns=columns, fill_value=0)
+    counts = counts.reindex(index=study.pathologies, columns=columns, fill_value=0)
     counts.columns = [f'{view} {subset}' for view,subset in columns]
     return pd.concat([counts, counts.sum().to_frame('total').T])
 
@@ -260,12 +268,13 @@ def view_counts(
 def small_classes(
     pairs:pd.DataFrame, # Columns `pathology`, `view` and `split`
     fewer_than:int=5, # Training pairs in a view
+    study:Study=ELBOW,
 )->pd.DataFrame: # pathology, view, train, test, consequence
     "The classes with few training pairs, of those that occur at all"
     counts = pd.crosstab([pairs.pathology, pairs.view], pairs.split)
     counts = counts.reindex(columns=['train', 'test'], fill_value=0)
     counts = counts[counts.train<fewer_than].reset_index().rename_axis(None, axis=1)
-    rank = {name: i for i,name in enumerate([*PATHOLOGIES, *VIEWS])}
+    rank = {name: i for i,name in enumerate([*study.classes, *study.views])}
     counts = counts.sort_values(['pathology', 'view'], key=lambda c: c.map(rank))
     counts = counts.reset_index(drop=True)
     consequences = [

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 from ..core import atomic_write, content_hash, parallel_map, sync_to_disk
 from ..training import DamagedFile, load_tensors, save_tensors, tensor_names
-from ..data.classes import caption
 from ..data.images import load_images, read_gray8, read_mask, write_png
 from ..data.labels import read_pairs
 
@@ -65,7 +64,7 @@ def toy_data(
         masks.append(rows&columns)
     images, masks = np.array(images).astype(np.uint8), np.array(masks).astype(np.uint8)*255
     names = [f'film{i}' for i in range(n)]                              # names seed the sampler
-    return InpaintDataset(names, images, masks, [caption('LAT', ['supracondylar fracture'])]*n)
+    return InpaintDataset(names, images, masks, ['A lateral x-ray of a bent shaft']*n)
 
 # %% ../../nbs/4_diffusion/43_latents.ipynb #e752af20
 def _mask_path(image_path): return image_path.with_name(f'{image_path.stem}-masklabel.png')

@@ -13,7 +13,8 @@ from pathlib import Path
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from ..core import progress
 from ..training import save_samples, to_uint8
-from ..data.classes import caption, PATHOLOGIES, region_of, VIEWS
+from ..study import ELBOW, Study
+from ..data.classes import caption, region_of
 from ..data.images import read_image, write_png
 from ..data.masks import heuristic_mask
 from .latents import InpaintDataset, seeded_generator
@@ -129,25 +130,28 @@ def inpaint_images(
 def add_pathology(
     sample_fn, # `sample_sdxl` or `sample_flux`
     pipe, # A pipeline from `load_sdxl` or `load_flux`
-    images:np.ndarray, # (n, size, size) uint8: normal elbows, bone bright
-    pathology:str, # One of `PATHOLOGIES`
-    view:str='AP', # AP or LAT
+    images:np.ndarray, # (n, size, size) uint8: normal radiographs, bone bright
+    pathology:str, # A class of the study
+    view:str='', # A view of the study; its first if empty
     masks:np.ndarray=None, # (n, size, size) uint8, 255 inside; None for the heuristic region
     seed_keys:list[str]=None, # Names that seed the random generators; None for '0', '1', ...
+    study:Study=ELBOW,
     **options, # Further arguments of `sample_fn`
 )->tuple[np.ndarray,np.ndarray]: # Images with the pathology, and masks, each (n, size, size) uint8
     "Inpaint a pathology into normal radiographs, which do not change outside the masks"
-    errors = []
-    for what,value,known in (('pathology', pathology, PATHOLOGIES), ('view', view, VIEWS)):
+    view, errors = view or list(study.views)[0], []
+    for what,value,known in (('pathology', pathology, study.classes), ('view', view, study.views)):
         if value not in known:
             errors.append(f'unknown {what} {value!r}, expected one of {", ".join(known)}')
+    if masks is None and study.simulation!='elbow':
+        errors.append(f'no masks, and the study {study.name} has no rule for them; fix: pass masks')
     if errors: raise ValueError('; '.join(errors))
     seed_keys = seed_keys or [str(i) for i in range(len(images))]
     if masks is None:
-        region = region_of(pathology) or 'joint'
+        region = region_of(pathology, study) or study.regions[0]
         masks = np.stack([heuristic_mask(x, region, name) for x,name in zip(images, seed_keys)])
         masks = masks.astype(np.uint8)*255
-    captions = [caption(view, [pathology])]*len(images)
+    captions = [caption(view, [pathology], study)]*len(images)
     synthetic = sample_fn(pipe, images, masks, captions, seed_keys, **options)
     return composite(images, synthetic, masks), masks
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from scipy.special import stdtrit
 from ..core import (
     atomic_write, parallel_map, progress, require_path, round_floats, save_json)
+from ..study import ELBOW, read_study, Study
 from ..data.classes import region_of
 from ..data.images import load_images, read_image
 from ..data.labels import escape_cells, read_pairs, read_stage_table
@@ -566,12 +567,13 @@ def subgroup_scores(
     scores:pd.DataFrame, # model, source, epoch, pair, ssim and ms_ssim
     pairs:pd.DataFrame, # pair, image, patient, view and pathology
     min_images:int=20, # Different images below which a group has no interval and no rank
+    study:Study=ELBOW,
 )->pd.DataFrame: # A row for each checkpoint, metric and group (rank 1 is best)
     "Means by pathology, view and region, with 95 % intervals over patients"
     checkpoint = ['model', 'source', 'epoch']
     groupings = ['pathology', 'view', 'region']
     labels = pairs[['pair', 'image', 'patient', 'view', 'pathology']].assign(
-        region=[region_of(p) or 'any' for p in pairs.pathology])
+        region=[region_of(p, study) or 'any' for p in pairs.pathology])
     long = scores[[*checkpoint, 'pair', 'ssim', 'ms_ssim']].merge(labels, on='pair')
     ids = [*checkpoint, 'image', 'patient']
     long = long.melt([*ids, *groupings], ['ssim', 'ms_ssim'], 'metric')
@@ -823,6 +825,7 @@ def gather_scores(
     settings:dict, # What `metrics.json` says about how the scores were computed
     fx:np.ndarray, # Features of all real test images
     statistics:Callable=None, # `run_statistics`; None for no intervals and tests
+    study:Study=ELBOW,
 )->dict: # Contents of `metrics.json`
     "Write all tables and, last, `metrics.json`"
     inpainting_models = checkpoints.model[checkpoints.source=='raw'].unique().tolist()
@@ -846,7 +849,7 @@ def gather_scores(
         [{'baseline': name, 'task': task_of[name]} | v for name,v in baselines.items()])
     set_columns = ['model', 'source', 'epoch', 'task', 'metric', 'value', 'convention', 'estimator']
     selection, subgroups = checkpoint_selection(summary), subgroup_scores(
-        scores[scores.source=='samples'], pairs)
+        scores[scores.source=='samples'], pairs, study=study)
     best = best_checkpoints(summary, noise_scores, inpainting_models)
     comparison = _baseline_comparison(out, best, baseline_names, fx, pairs, summary)
 
@@ -1049,4 +1052,4 @@ def score_run(
         'extractor': name, 'size': size, 'resize': resize, 'seed': seed, 'n_pairs': len(test),
         'n_validation_pairs': len(validation),
         'images_hash': images_hash(run/images, test.image, test.pair.tolist()),
-    }, features_of.get('test'), statistics)
+    }, features_of.get('test'), statistics, read_study(run/split))

@@ -217,6 +217,13 @@ def make_checkpoint_callback(
     return on_checkpoint
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #a7a5a35d
+def _with_labels(config):
+    "The configuration with the width of its labels, the label fields, and their sizes"
+    label_fields = get_label_fields(config.label_fields)
+    field_sizes = [len(values) for values in label_fields.values()]
+    n_labels = config.n_labels or sum(field_sizes)
+    return replace(config, n_labels=n_labels), label_fields, field_sizes
+
 def _all_labels(pairs, test, is_validation, label_fields, n_labels):
     "Labels of the training, validation and test pairs"
     tables = (pairs[~is_validation], pairs[is_validation], test)
@@ -250,8 +257,7 @@ def train_conditional_gan(
     "Train a GAN with labels and generate images at its checkpoints"
     out,size = Path(out), images.shape[-1]
     device = configure_device(get_device(config.device))
-    label_fields = get_label_fields(config.label_fields)
-    field_sizes = [len(values) for values in label_fields.values()]
+    config,label_fields,field_sizes = _with_labels(config)
     is_validation = validation_mask(pairs, config.validation_fraction).values
     y,validation_y,test_y = _all_labels(pairs, test, is_validation, label_fields, config.n_labels)
     validation_names = list(pairs.get('pair', pairs.index)[is_validation])

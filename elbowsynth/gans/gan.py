@@ -22,30 +22,34 @@ from ..training import (
     all_finite, batch_indices, checkpoint_epochs, checkpoint_steps, claim_training_dir, get_device,
     JsonlLogger, last_epoch, load_checkpoint, NanGuard, print_start, raise_diverged,
     restore_checkpoint, save_checkpoint, stop_if_requested, stop_requested, to_uint8)
-from ..data.classes import PATHOLOGIES, SIDES, VIEWS
+from ..study import ELBOW, Study
 from ..data.images import read_image, write_png
 from ..data.split import stratified_group_split
 
 # %% ../../nbs/3_gans/35_gan.ipynb #606d6992
-LABEL_FIELDS = {'pathology': PATHOLOGIES, 'view': VIEWS, 'side': SIDES}
+LABEL_FIELDS = ELBOW.label_fields # Those of the paper
 
 def get_label_fields(
-    label_fields, # Names of columns in `LABEL_FIELDS`; or a dict, which is returned as it is
-)->dict: # Column to its possible values
+    label_fields, # Names of columns; or a dict, which is returned as it is
+    study:Study=ELBOW,
+)->dict: # Column to its possible values; without columns that say nothing in this study
     "Look up the values of label columns"
     if isinstance(label_fields, dict): return label_fields
-    return {name: LABEL_FIELDS[name] for name in label_fields}
+    unknown = sorted(set(label_fields)-{'pathology', 'view', 'side'})
+    if unknown: raise ValueError(
+        f'label_fields: {", ".join(unknown)}; expected some of pathology, view, side')
+    return {name: study.label_fields[name] for name in label_fields if name in study.label_fields}
 
 # %% ../../nbs/3_gans/35_gan.ipynb #db313a9a
 def one_hot_labels(
     pairs:pd.DataFrame, # One text column for each label field
     label_fields:dict=LABEL_FIELDS, # Column to its possible values
-    n_labels:int=18, # Width of the label (Table 5)
+    n_labels:int=0, # Expected width of the label, 18 in Table 5; 0 for any
 )->torch.Tensor: # (n, n_labels), one 1 in each field
     "One-hot labels of image-pathology pairs, as the generator takes them"
     sizes = {field: len(values) for field,values in label_fields.items()}
     total = sum(sizes.values())
-    if total!=n_labels: raise ValueError(
+    if n_labels not in (0, total): raise ValueError(
         f'label_fields have {sizes} values, {total} in all; expected n_labels={n_labels}; '
         'fix: change label_fields or n_labels')
     unknown = {f'{field} {value!r}' for field in label_fields for value in pairs[field]

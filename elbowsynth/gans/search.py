@@ -150,7 +150,7 @@ def search_hyperparameters(
     epochs:int=100, # Epochs of a trial
     width:float=1., # Scales the networks' number of channels
     label_fields:dict=LABEL_FIELDS, # Columns of the label, or dict of their values
-    n_labels:int=18, # Width of the label
+    n_labels:int=0, # Width of the label; 0: as `label_fields` give
     extractor:str='resnet50', # As in `extractor_name`
     seed:int=0, # Seed of weights, noise and trials
     device:str='auto', # Where to train
@@ -161,6 +161,7 @@ def search_hyperparameters(
     if n_trials<1: raise ValueError(
         f'n_trials is {n_trials}; expected at least 1, the values of the tables; fix: n_trials=1')
     label_fields = get_label_fields(label_fields)
+    n_labels = n_labels or sum(map(len, label_fields.values()))
     is_validation = np.asarray(validation_mask(pairs, validation_fraction))
     validation_images = images[is_validation]
     if len(np.unique(validation_images, axis=0))<2: raise ValueError(

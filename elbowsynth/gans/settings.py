@@ -48,7 +48,7 @@ class ACGANConfig:
     betas:tuple=(.5, .999) # Decay rates of Adam (Table 5)
     dropout:float=.25 # Dropout probability in each block of the discriminator (Table 5)
     label_fields:tuple=('pathology', 'view', 'side') # Columns of the label, or dict of their values
-    n_labels:int=18 # Width of the label (Table 5)
+    n_labels:int=0 # Width of the label, 18 in Table 5; 0: as `label_fields` give
     label_sampling:str='empirical' # Labels of generated images: `empirical` or `uniform`
     validation_fraction:float=0. # Share of the training patients held out for validation
     seed:int=0 # Seed of weights, noise and batch order
@@ -73,7 +73,7 @@ class TACGANConfig:
     betas:tuple=(.5, .999) # Decay rates of Adam (Table 6)
     dropout:float=.25 # Dropout probability in each block of discriminator and twin (Table 6)
     label_fields:tuple=('pathology', 'view', 'side') # Columns of the label, or dict of their values
-    n_labels:int=18 # Width of the label (Table 6)
+    n_labels:int=0 # Width of the label, 18 in Table 6; 0: as `label_fields` give
     label_sampling:str='empirical' # Labels of generated images: `empirical` or `uniform`
     validation_fraction:float=0. # Share of the training patients held out for validation
     seed:int=0 # Seed of weights, noise and batch order

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Generator', 'Critic', 'gradient_penalty', 'critic_loss', 'generator_loss', 'dropout_mask', 'critic_forward',
            'elu_backward', 'critic_backward', 'conv_weight_grad', 'critic_gradients', 'generator_output_grad',
-           'flip_right_elbows', 'wgan_step', 'train_one_model', 'select_models', 'model_folder', 'only_named',
+           'flip_side', 'wgan_step', 'train_one_model', 'select_models', 'model_folder', 'only_named',
            'uncovered_pairs', 'interleave', 'saved_epochs', 'merge_samples', 'train_wgan_gp']
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #e6b2674d
@@ -22,7 +22,7 @@ from ..core import atomic_write, content_hash, progress
 from ..training import (
     checkpoint_epochs, checkpoint_steps, configure_device, get_device, lock_training, NanGuard,
     save_samples, stop_on_sigterm, to_tensor, TrainingStopped)
-from ..data.classes import PATHOLOGIES, VIEWS
+from ..study import ELBOW, Study
 from .settings import WGANGPConfig
 from .gan import (
     adam, cuda_graphed, end_epoch, fixed_noise, generate, grad_norm, log_checkpoint_metrics,
@@ -237,13 +237,14 @@ def generator_output_grad(
     return critic_backward(critic, activations, masks, score_grad, slice(None))[0]
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #a800c7e8
-def flip_right_elbows(
+def flip_side(
     images:np.ndarray, # (n, h, w)
-    sides, # `L` or `R` for each image
+    sides, # The side of each image
+    mirror:str|None=ELBOW.mirror, # The side to flip; None to flip nothing
 )->np.ndarray: # The same shape
-    "Flip images of right elbows horizontally; applying it twice restores them"
-    is_right = np.asarray(sides)=='R'
-    return np.where(is_right[:, None, None], images[:, :, ::-1], images)
+    "Flip images of one side horizontally; applying it twice restores them"
+    is_flipped = np.asarray(sides)==mirror
+    return np.where(is_flipped[:, None, None], images[:, :, ::-1], images)
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #72152abf
 def wgan_step(
@@ -270,12 +271,13 @@ def wgan_step(
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #537005ba
 def train_one_model(
     folder:Path, # Folder of the model
-    images:np.ndarray, # (n, size, size) uint8, of one pathology and view, as left elbows
+    images:np.ndarray, # (n, size, size) uint8, of one pathology and view, of one side
     test:pd.DataFrame, # Test pairs of this pathology and view: `pair`, `side`
     validation_pairs:pd.DataFrame, # Validation pairs of this pathology and view
-    validation_images:np.ndarray, # Their images, as left elbows
+    validation_images:np.ndarray, # Their images, of the same side
     config:WGANGPConfig, # Settings
     device:torch.device, # Where to train
+    mirror:str|None=ELBOW.mirror, # Side whose images are flipped back when they are saved
 ):
     "Train one WGAN-GP from the last checkpoint in its folder, yielding after each step"
     torch.manual_seed(config.seed)
@@ -293,7 +295,7 @@ def train_one_model(
         for output,pairs in (('validation', validation_pairs), ('samples', test)):
             if not len(pairs): continue
             generated = generate(gen, fixed_noise(pairs.pair, config.seed))
-            save_samples(folder/output, epoch, pairs.pair, flip_right_elbows(generated, pairs.side))
+            save_samples(folder/output, epoch, pairs.pair, flip_side(generated, pairs.side, mirror))
         no_labels = np.zeros((n, 1), np.float32)
         log_checkpoint_metrics(folder, epoch, step, lambda noise, y: generate(gen, noise), images,
                                no_labels, validation_images, metrics_log, config.seed)
@@ -322,9 +324,9 @@ def train_one_model(
         yield step
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #f1fab7e2
-def _count_pairs(pairs, test):
+def _count_pairs(pairs, test, study):
     "Numbers of training and test pairs of every pathology and view"
-    groups = [(view, pathology) for pathology in PATHOLOGIES for view in VIEWS]
+    groups = [(view, pathology) for pathology in study.classes for view in study.views]
     models = pd.DataFrame(groups, columns=['view', 'pathology'])
     for column,table in (('n_train', pairs), ('n_test', test)):
         counts = table.groupby(['view', 'pathology']).size().to_dict()
@@ -338,9 +340,10 @@ def select_models(
     max_models:int=28, # Keep those with the most test pairs, then training pairs
     min_images:int=1, # Smaller training sets are not used
     batch_size:int=5, # Images in a batch
+    study:Study=ELBOW,
 )->pd.DataFrame: # view, pathology, n_train, n_test, trained (yes or no), reason
     "List every pathology and view, and whether a model of it is trained"
-    models = _count_pairs(pairs, test)
+    models = _count_pairs(pairs, test, study)
     conditions = [models.n_train==0, models.n_train<min_images, models.n_test==0]
     reasons = ['no training images', f'fewer than {min_images} training images', 'no test images']
     models['reason'] = np.select(conditions, reasons, '')
@@ -355,8 +358,8 @@ def select_models(
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #ea5c703e
 def model_folder(
-    view:str, # AP or LAT
-    pathology:str, # One of `PATHOLOGIES`
+    view:str, # A view of the study
+    pathology:str, # A class of the study
 )->str:
     "Name of the folder of a model"
     return f'{view}__{pathology.replace(" ", "_")}'
@@ -459,7 +462,8 @@ def _weights_config(config, train_images, test_pairs, validation_pairs):
     return {name: getattr(config, name) for name in hashed} | hashes
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #370e9993
-def _prepare_models(out, upright, pairs, test, is_validation, trained, until, config, device):
+def _prepare_models(out, upright, pairs, test, is_validation, trained, until, config, device,
+                    mirror):
     "Claim each model's folder: its checkpoints, a trainer of each model, and the number of steps"
     saved,trainers = {}, []
     n_steps = 0
@@ -476,7 +480,7 @@ def _prepare_models(out, upright, pairs, test, is_validation, trained, until, co
         n_steps += prepare_training(folder, run_config, *length, until)
         saved[folder] = saved_epochs(*length, config.checkpoint_every)
         trainers.append(train_one_model(folder, train_images, test_pairs, validation_pairs,
-                                        upright[mine&is_validation], config, device))
+                                        upright[mine&is_validation], config, device, mirror))
     return saved, trainers, n_steps
 
 # %% ../../nbs/3_gans/36_wgan_gp.ipynb #5b5d0912
@@ -487,6 +491,7 @@ def train_wgan_gp(
     test:pd.DataFrame, # Test pairs: `pair` as well
     out:Path, # Folder of the stage
     config:WGANGPConfig=WGANGPConfig(), # Settings; the default is Table 4
+    study:Study=ELBOW,
     **kwargs, # Fields of `config` to change
 )->pd.DataFrame: # From `select_models`; also written to `models.csv`
     "Train a WGAN-GP for each pathology and view; with `only_models` or `stop_epoch` a part of it"
@@ -496,10 +501,10 @@ def train_wgan_gp(
         'expected "per_generator_step" or "per_update"')
     out = Path(out)
     device = configure_device(get_device(config.device))
-    upright = flip_right_elbows(images, pairs.side)
+    upright = flip_side(images, pairs.side, study.mirror)
     is_validation = validation_mask(pairs, config.validation_fraction).values
     models = select_models(pairs[~is_validation], test, config.max_models, config.min_images,
-                           config.batch_size)
+                           config.batch_size, study)
     if (models.trained=='no').all(): raise ValueError(
         f'no model to train (max_models={config.max_models}, min_images={config.min_images}): '
         'no pathology and view has both training images and test pairs')
@@ -513,7 +518,7 @@ def train_wgan_gp(
             locks.enter_context(lock_training(out/model_folder(model.view, model.pathology)))
         if not is_part: locks.enter_context(lock_training(out))
         saved,trainers,n_steps = _prepare_models(
-            out, upright, pairs, test, is_validation, trained, until, config, device)
+            out, upright, pairs, test, is_validation, trained, until, config, device, study.mirror)
         n_parallel = config.n_parallel or (4 if device.type=='cuda' else 1)
         steps = interleave(trainers, n_parallel, device)
         for _ in progress(steps, 'WGAN-GP', n_steps, config.max_minutes): pass

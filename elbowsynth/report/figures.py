@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from pathlib import Path
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from ..core import atomic_write
-from ..paper import MODEL_NAMES, PAPER_TABLE1
+from ..paper import FIGURE1, MODEL_NAMES, PAPER_TABLE1
 from ..data.images import load_images
 from .run_summary import METRIC_NAMES, shown_epoch
 
@@ -91,8 +91,9 @@ def select_example(
     similarity = []
     for i, pair in enumerate(pairs.itertuples()):
         n_models = sum(bool(sample_paths(run, model, pair.pair)) for model in models)
-        similarity.append((n_models, pair.pathology=='supracondylar fracture', pair.view=='LAT',
-                           'soft tissue swelling' in pair.caption, pair.side=='L', -i))
+        similarity.append((n_models, pair.pathology==FIGURE1['pathology'],
+                           pair.view==FIGURE1['view'], FIGURE1['also'] in pair.caption,
+                           pair.side==FIGURE1['side'], -i))
     return pairs.iloc[similarity.index(max(similarity))]
 
 # %% ../../nbs/6_report/81_figures.ipynb #480458f9

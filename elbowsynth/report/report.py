@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NOT_SCORED', 'COPY_DISTANCE', 'MAX_FINDINGS', 'GUIDES', 'OTHER_ALTERNATIVES', 'REGION_COLUMNS', 'STYLE', 'TEXT_STYLE',
            'FIRST_SCREEN_STYLE', 'FIGURE_STYLE', 'PHONE_AND_PRINT', 'MACROS', 'FIRST_SCREEN', 'BESIDE', 'BELOW', 'END',
-           'UNBROKEN', 'SECTIONS', 'RUN_FILES', 'SAMPLES_NOTE', 'Evidence', 'read_evidence', 'Finding', 'join_names',
-           'format_change', 'count_text', 'position', 'model_score', 'baseline_score', 'epoch_text', 'regions_clause',
-           'inside_mask_sentence', 'resolution_sentence', 'baseline_finding', 'unrelated_real_finding', 'boost_finding',
-           'masks_finding', 'preprocessing_finding', 'comparison_finding', 'copies_finding', 'findings',
-           'training_size_warnings', 'coverage_warnings', 'warnings', 'Step', 'seed_commands', 'next_steps',
-           'stage_times', 'when_text', 'data_text', 'what_text', 'code_text_of_run', 'machine_text', 'curve_text',
-           'alternative_text', 'embedded_figure', 'report_models', 'table_rows', 'keep_together', 'markdown_to_html',
-           'render_page', 'report_page', 'write_page']
+           'UNBROKEN', 'SECTIONS', 'RUN_FILES', 'SAMPLES_NOTE', 'Evidence', 'study_of', 'read_evidence', 'Finding',
+           'join_names', 'format_change', 'count_text', 'position', 'model_score', 'baseline_score', 'epoch_text',
+           'regions_clause', 'inside_mask_sentence', 'resolution_sentence', 'baseline_finding',
+           'unrelated_real_finding', 'boost_finding', 'masks_finding', 'preprocessing_finding', 'comparison_finding',
+           'copies_finding', 'findings', 'training_size_warnings', 'coverage_warnings', 'warnings', 'Step',
+           'seed_commands', 'next_steps', 'stage_times', 'when_text', 'data_text', 'what_text', 'code_text_of_run',
+           'machine_text', 'curve_text', 'alternative_text', 'embedded_figure', 'report_models', 'table_rows',
+           'keep_together', 'markdown_to_html', 'render_page', 'report_page', 'write_page']
 
 # %% ../../nbs/6_report/84_report.ipynb #25c88b1c
 import base64, json, os, re
@@ -25,6 +25,7 @@ from pathlib import Path
 from urllib.parse import quote
 from ..core import atomic_write, format_duration, root
 from ..paper import FACTS, MODEL_NAMES
+from ..study import ELBOW, parse_study, Study
 from .run_summary import (
     METRIC_NAMES, baselines_text, changed_values, checkpoint_selection_table,
     format_interval, format_score, interval_table, is_simulated, limitations_text, masks_text,
@@ -46,6 +47,12 @@ class Evidence:
 
     def table(self, name): return self.tables.get(name, pd.DataFrame())
     def figure_table(self, name): return self.figure_tables.get(name, pd.DataFrame())
+
+def study_of(
+    facts:dict, # As returned by `run_facts`
+)->Study: # The paper's, in the facts of an earlier version
+    "The definition of a run's study"
+    return parse_study(facts['study']) if facts.get('study') else ELBOW
 
 NOT_SCORED = {'models': [], 'missing_models': [], 'inpainting_models': [], 'n_pairs': 0}
 
@@ -309,8 +316,8 @@ def unrelated_real_finding(
     differences = [f'{names.get(o.model_a, o.model_a)} (epoch {o.epoch_a}) '
                    f'{format_change(o.difference, o.ci_low, o.ci_high)}' for o in t.itertuples()]
     detail = (f'Difference in SSIM to a real image of another patient, paired: '
-              f'{", ".join(differences)}. SSIM to the original measures how similar two elbows '
-              'are, more than how realistic an image is.')
+              f'{", ".join(differences)}. SSIM to the original measures how similar two '
+              'radiographs are, more than how realistic an image is.')
     return Finding(f'{models} {verb} an unrelated real image', detail, 'tables')
 
 # %% ../../nbs/6_report/84_report.ipynb #35fcb19c
@@ -702,9 +709,9 @@ def _image_text(kind, name, epochs, nearest):
 
 # %% ../../nbs/6_report/84_report.ipynb #47fc4c85
 OTHER_ALTERNATIVES = {
-    'example': 'A test radiograph of an elbow beside its mask, which is white where the pathology '
-               'is; its caption is written below.',
-    'normal_examples': 'Two radiographs of normal elbows of different patients.',
+    'example': 'A test radiograph beside its mask, which is white where the pathology is; its '
+               'caption is written below.',
+    'normal_examples': 'Two normal radiographs of different patients.',
     'final_samples': 'A test radiograph beside the same one with its mask inpainted by {both}.',
     'model_comparison': 'Learning curves of {both} on shared axes; below, what they generated for '
                         'one test pair.',
@@ -786,9 +793,9 @@ def _score_tables(evidence):
     best, names = evidence.table('best_checkpoints'), evidence.names
     if not len(best): return []
     note = ('The best checkpoint of each model by each metric on the test pairs themselves, as in '
-            'the paper. Noise improvement: how many times better than noise. The size of MMD² depends '
-            "on kernel and features, which the paper does not state in full. The paper's values come "
-            'from its own images and its own models')
+            'the paper. Noise improvement: how many times better than noise. The size of MMD² '
+            'depends on kernel and features, which the paper does not state in full. The '
+            "paper's values come from its own images and its own models")
     renamed = [MODEL_NAMES[m] for m in MODEL_NAMES if names.get(m, m)!=MODEL_NAMES[m]]
     inpainting_note = f'{note}: {join_names(renamed)}.' if renamed else f'{note}.'
     return [table_rows('Table 1, models that generate full images',
@@ -1017,7 +1024,7 @@ FIRST_SCREEN = """<html lang="en">
 </head>
 <body>
 <header>
-<h1>Synthetic elbow radiographs: report of the run {{ run }}</h1>
+<h1>{{ title }}: report of the run {{ run }}</h1>
 <dl class="facts">
 {%- for name, text in facts %}<dt>{{ name }}</dt><dd>{{ text|keep }}</dd>
 {% endfor -%}
@@ -1156,7 +1163,8 @@ def _data_parts(run, evidence, images):
     if (run/images/'rejects.csv').is_file():
         tables.append(table_rows('Rejected files', read_rejects(run/images)))
     note = 'The paper has its own patients. All images of a test patient are held out.'
-    tables.append(table_rows('Pairs by pathology (Table 3)', table3(facts['classes']), note))
+    counts = table3(facts['classes'], study_of(facts))
+    tables.append(table_rows('Pairs by pathology (Table 3)', counts, note))
     return markdown_to_html('\n\n'.join(sentences)), [t for t in tables if t]
 
 # %% ../../nbs/6_report/84_report.ipynb #ddde6103
@@ -1239,8 +1247,10 @@ def report_page(
     if evidence.metrics_info['models']:
         limitations = markdown_to_html(limitations_text(evidence.metrics_info,
                                                         evidence.facts['values']))
+    study = study_of(evidence.facts)
     return render_page({
-        'run': run.name, 'facts': _header(run, evidence), 'sections': SECTIONS,
+        'run': run.name, 'title': f'Synthetic {study.body_part} radiographs',
+        'facts': _header(run, evidence), 'sections': SECTIONS,
         'findings': findings(evidence), 'warnings': warnings(evidence),
         'steps': _linked_steps(next_steps(evidence), run), 'data': data,
         'data_tables': data_tables, 'limitations': limitations,

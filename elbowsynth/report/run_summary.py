@@ -18,6 +18,7 @@ import numpy as np, pandas as pd
 from pathlib import Path
 from ..core import content_hash, require_path, root
 from ..stages import Stage, option_defaults, stages
+from ..study import ELBOW, read_study, Study
 from ..paper import MODEL_NAMES, PAPER_TABLE1
 from ..data.labels import read_pairs, read_stage_table
 from ..diffusion.settings import CONFIGS
@@ -226,7 +227,8 @@ def run_summary_text(
     scoring += f'The feature extractor of MMD is **{extractor}**'
     if extractor.startswith('resnet50'): scoring += '.'
     else: scoring += ", not the paper's ResNet-50: this MMD must not be compared with the paper's."
-    title = f'# Synthetic elbow radiographs: run {escape_text(Path(run).name)}'
+    part = escape_text(read_study(Path(run)/'split').body_part)
+    title = f'# Synthetic {part} radiographs: run {escape_text(Path(run).name)}'
     paragraphs = [title, data_source_text(values), data, models, scoring]
     not_recorded = 'The settings of the stages are not recorded: they were not run by `make study`.'
     paragraphs.append('' if values else not_recorded)
@@ -306,12 +308,13 @@ def masks_text(
 # %% ../../nbs/6_report/80_run_summary.ipynb #bb03e8f2
 def normal_pairs(
     pairs:pd.DataFrame, # Any pairs
+    study:Study=ELBOW,
 )->pd.DataFrame: # Two rows, or fewer if there are fewer
     "Normal radiographs of two patients, one view and side if possible"
-    normal = pairs[pairs.pathology=='normal']
+    normal, views = pairs[pairs.pathology==study.normal], list(study.views)[::-1]
     candidates = [normal[(normal.view==view) & (normal.side==side)]
-                  for view in ('LAT', 'AP') for side in ('L', 'R')]
-    candidates += [normal[normal.view=='LAT'], normal]
+                  for view in views for side in study.sides]
+    candidates += [normal[normal.view==views[0]], normal]
     for t in candidates:
         two = t.drop_duplicates('patient').head(2)
         if len(two)==2: break
@@ -653,7 +656,8 @@ def limitations_text(
                      'An inpainted image is not anonymous: outside the mask it is the original.')
     if set(models)-set(inpainting_models):
         notes.append('All GANs generate an image without the original. Its SSIM to the original '
-                     'measures how similar two elbows are, more than how realistic the image is.')
+                     'measures how similar two radiographs are, more than how realistic the '
+                     'image is.')
     notes.append(f'There are {metrics_info["n_pairs"]} test pairs, with one synthetic image each. '
                  'Intervals are over patients and do not include the variation between trainings. '
                  'In the table of best scores, the checkpoint was selected on the same test pairs; '

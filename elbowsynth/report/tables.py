@@ -23,7 +23,7 @@ from torch import nn
 from ..core import require_path, root, round_floats, save_json
 from ..paper import (
     CURVES, FACTS, FEATURE_MAPS, GAN_SETTINGS, MODEL_NAMES, PAPER_TABLE1, TABLE3, TABLE7)
-from ..data.classes import PATHOLOGIES
+from ..study import ELBOW, Study
 from ..data.labels import read_pairs
 from ..gans import ac_gan, tac_gan, wgan_gp
 from ..gans.settings import ACGANConfig, TACGANConfig, WGANGPConfig
@@ -165,7 +165,9 @@ def gan_settings(
     descriptions = field_descriptions(type(config))
     rows = []
     for field, paper_value in GAN_SETTINGS[model].items():
-        value = format_value(getattr(config, field))
+        value = getattr(config, field)
+        if field=='n_labels': value = value or sum(map(len, ELBOW.label_fields.values()))
+        value = format_value(value)
         rows.append((field, descriptions[field], value, format_value(paper_value)))
     return pd.DataFrame(rows, columns=['Parameter', 'Description', 'Here', 'Paper'])
 
@@ -216,7 +218,9 @@ def run_facts(
     versions = stage_files[0]['versions'] if stage_files else {}
     def distinct(key): return list(dict.fromkeys(s[key] for s in stage_files if s.get(key)))
     images = run/values.get('preprocess', {}).get('out', 'images')
-    return {'run': run.name, 'profile': plan.get('profile', ''),
+    definition = run/'split'/'study.yaml'
+    study = definition.read_text(encoding='utf-8-sig') if definition.is_file() else ''
+    return {'run': run.name, 'study': study, 'profile': plan.get('profile', ''),
             'settings': plan.get('settings', []),
             'counts': counts, 'classes': classes, 'values': values,
             'seconds': seconds, 'versions': versions, 'commits': distinct('commit'),
@@ -413,16 +417,18 @@ def count_with_share(
 
 def table3(
     classes:dict[str,dict], # Pathology to the numbers of pairs in each set
+    study:Study=ELBOW,
 )->pd.DataFrame: # Counts and percentages, here and in the paper
     "Pairs by pathology"
-    columns = {'Train': {p: classes.get(p, {}).get('train', 0) for p in PATHOLOGIES},
-               'Test': {p: classes.get(p, {}).get('test', 0) for p in PATHOLOGIES},
-               'Train (paper)': {p: train for p, (train, test) in TABLE3.items()},
-               'Test (paper)': {p: test for p, (train, test) in TABLE3.items()}}
-    rows = {'Pathology': [*PATHOLOGIES, 'total']}
+    columns = {'Train': {p: classes.get(p, {}).get('train', 0) for p in study.classes},
+               'Test': {p: classes.get(p, {}).get('test', 0) for p in study.classes}}
+    if study.paper_counts:
+        columns['Train (paper)'] = {p: train for p, (train, test) in TABLE3.items()}
+        columns['Test (paper)'] = {p: test for p, (train, test) in TABLE3.items()}
+    rows = {'Pathology': [*study.classes, 'total']}
     for name, counts in columns.items():
         total = sum(counts.values())
-        rows[name] = [count_with_share(counts[p], total) for p in PATHOLOGIES]+[total]
+        rows[name] = [count_with_share(counts[p], total) for p in study.classes]+[total]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/6_report/82_tables.ipynb #0602d16e
@@ -495,7 +501,7 @@ def figure_captions(
     captions = {
         'example': 'A test image, the mask of one of its pathologies and its caption '
                    "(compare the paper's Figure 1)",
-        'normal_examples': "Two normal elbows (compare the paper's Figure 2)",
+        'normal_examples': "Two normal radiographs (compare the paper's Figure 2)",
         'model_comparison': f'{both} side by side: scores by epoch and one test pair '
                             "(compare the paper's Figure 3)",
         'final_samples': f'One test pair inpainted by {both} (compare the paper\'s Figure 9)',
