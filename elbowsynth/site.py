@@ -32,6 +32,8 @@ from .report.run_summary import code_text, escape_text, is_simulated
 from .report.tables import (
     as_markdown, collect_results, run_tables, run_values)
 from .paper import PAPER_TABLE1, TABLE3
+from .study import read_study
+from .data.public_datasets import check_redistribution
 from .report.claims import claims, claims_text
 
 # %% ../nbs/9_run/91_site.ipynb #e10ba0ea
@@ -1233,6 +1235,8 @@ def main():
         sys.exit(bool(errors))
     if args.collect:
         demo = top/'nbs'/'results'/'demo'
+        try: check_redistribution(read_study(top/args.collect/'split'))
+        except ValueError as e: sys.exit(f'site: {e}')
         print(f'{len(collect_results(top/args.collect, demo))} files in {demo.relative_to(top)}')
     elif args.readme: _write_readme()
     else:

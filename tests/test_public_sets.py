@@ -151,3 +151,10 @@ def test_a_faulty_box_is_named_with_its_line(tmp_path):
 def test_a_definition_with_other_classes_is_refused(tmp_path):
     message = failed_import('chestxray14', write_chests(tmp_path/'nih'), tmp_path/'out', '--study', 'mura-wrist')
     assert '4 labels without a mapping' in message and 'fix: map each to one of the 2 classes' in message
+
+def test_results_of_a_set_that_must_not_be_shared_are_not_collected(tmp_path):
+    run = tmp_path/'run'
+    (run/'split').mkdir(parents=True)
+    (run/'split'/'study.yaml').write_text((ROOT/'elbowsynth'/'studies'/'mura-wrist.yaml').read_text())
+    done = subprocess.run([sys.executable, '-m', 'elbowsynth.site', '--collect', str(run)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and 'Traceback' not in done.stderr and 'must not be handed on (dataset.redistribution in the definition)' in done.stderr

@@ -1,6 +1,6 @@
 "Study definitions: faults, the paper's study, and studies of other joints from images to the report"
 import ast, json, re, subprocess, sys
-import jsonschema, numpy as np, pandas as pd, pytest, yaml
+import jsonschema, pandas as pd, pytest, yaml
 from conftest import ROOT, copy_of_checkout, sh
 from elbowsynth.data.classes import caption
 from elbowsynth.data.images import write_png
@@ -146,22 +146,25 @@ def test_no_class_and_no_view_in_the_code():
 
 SETTINGS = 'epochs=1 checkpoint_every=1 boost_epochs=0 n_trials=1 wgan_gp.max_models=2'
 
-def toy_wrists(folder):
-    "Forty images of twenty patients in three classes; fractures have a box as mask"
-    rows = []
+def write_archive(folder):
+    "Forty images of twenty patients, a table in other words than the study's, and boxes of the fractures in COCO's format"
+    rows, images, annotations = [], [], []
     for i in range(40):
-        pathology = ('no finding', 'fracture', 'fx', 'metal')[i//2%4]
-        name, mask = f'w{i:02d}.png', ''
-        write_png(folder/name, phantom(('AP', 'LAT')[i%2], ['normal'], age=9, seed=i, size=192).image)
-        if pathology in ('fracture', 'fx'):
-            box = np.zeros((192, 192), np.uint8)
-            box[80:120, 70:120] = 255
-            mask = f'masks/{name}'
-            write_png(folder/mask, box)
-        rows.append((name, f'p{i//2}', pathology, mask))
-    pd.DataFrame(rows, columns=['file', 'patient', 'pathology', 'mask']).to_csv(folder/'labels.csv', index=False)
-    (folder/'study.yaml').write_text(WRIST)
+        finding = ('No finding', 'fx', 'FX', 'metal')[i//2%4]
+        name = f'w{i:02d}.png'
+        write_png(folder/'images'/name, phantom(('AP', 'LAT')[i%2], ['normal'], age=9, seed=i, size=192).image)
+        images.append({'id': i, 'file_name': name, 'width': 192, 'height': 192})
+        if finding in ('fx', 'FX'): annotations.append({'id': i, 'image_id': i, 'category_id': 1, 'bbox': [70, 80, 50, 40]})
+        rows.append((name, f'p{i//2}', finding))
+    pd.DataFrame(rows, columns=['Filename', 'Subject ID', 'Diagnosis']).to_csv(folder/'table.csv', index=False)
+    (folder/'boxes.json').write_text(json.dumps({'images': images, 'annotations': annotations, 'categories': [{'id': 1, 'name': 'fx'}]}))
+    (folder/'wrist.yaml').write_text(WRIST)
     return folder
+
+def import_wrists(top, archive, out):
+    "The second step of the page Use your own radiographs"
+    return sh(sys.executable, '-m', 'elbowsynth.data.import_cli', 'folder', archive, out, '--study', archive/'wrist.yaml', '--annotations', archive/'boxes.json',
+              cwd=top, PYTHONPATH=str(top))
 
 def toy_shoulders(folder):
     rows = []
@@ -179,8 +182,10 @@ def top(tmp_path_factory): return copy_of_checkout(tmp_path_factory.mktemp('clon
 
 @pytest.mark.long('a study to its report, a minute')
 def test_a_study_of_wrists_with_boxes(top, tmp_path):
-    "Its own study.yaml, one view, three classes, no sides; images without a box borrow one"
-    data = toy_wrists(tmp_path/'wrists')
+    "From an archive to the report: one view, three classes, no sides; images without a box borrow one"
+    data = tmp_path/'wrists'
+    import_wrists(top, write_archive(tmp_path/'archive'), data)
+    assert read_study(data)==parse_study(WRIST)
     done = study(top, '--data', data, '--run', 'wrist', '--set', SETTINGS)
     assert 'study wrist: Wrists of children; 3 classes' in done.stderr
     run = top/'_runs'/'wrist'

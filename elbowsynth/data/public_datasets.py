@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['YOLO_FILES', 'mura_root', 'import_mura', 'fracatlas_record', 'import_fracatlas', 'yolo_label_file',
            'drop_augmented_copies', 'YoloConfig', 'find_yolo_config', 'read_yolo_config', 'mask_shapes', 'import_yolo',
-           'import_png16', 'import_chestxray14']
+           'import_png16', 'import_chestxray14', 'check_redistribution']
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #0889d7f6
 import csv, re, yaml, zlib
@@ -464,11 +464,11 @@ def _read_chest_boxes(path):
         rows = list(csv.reader(f, strict=True))
     for line,row in enumerate(rows[1:], 2):
         if not any(row): continue
-        try: x, y, w, h = (float(text) for text in row[2:6])
-        except ValueError:
+        try: polygon = box_polygon(*map(float, row[2:6]))
+        except (TypeError, ValueError):
             expected = 'expected image, finding, x, y, w, h'
             raise ValueError(f'{Path(path).name}, line {line}: {expected}') from None
-        shape = {'label': row[1], 'polygons': [box_polygon(x, y, w, h)]}
+        shape = {'label': row[1], 'polygons': [polygon]}
         shapes.setdefault(row[0], []).append(shape)
     return shapes
 
@@ -524,3 +524,14 @@ def import_chestxray14(
     label_map = label_mapping(sorted(terms), labels, study=definition)
     return write_import(records, source, out, label_map, rejects=rejects, license=license,
                         notes={'format': 'ChestX-ray14'}, study=study, **kwargs)
+
+# %% ../../nbs/2_data/26_public_datasets.ipynb #5291ebce
+def check_redistribution(
+    study:Study, # The definition of the images
+):
+    "Raise ValueError if the license of a public set forbids to hand on its images"
+    dataset = study.dataset
+    if dataset.get('redistribution', True): return
+    raise ValueError(f'{dataset["title"]} ({study.name}): {dataset["license"]}; images of it, and '
+                     'inpainted ones, must not be handed on (dataset.redistribution in the '
+                     'definition)')

@@ -104,9 +104,9 @@ def _class_counts_by_group(pairs, group_index, n_groups, study):
         return np.bincount(index, minlength=n_groups*n_columns).reshape(-1, n_columns)
 
     n_classes, n_views = len(study.classes), len(study.views)
-    label = pd.Categorical(pairs.pathology, study.pathologies).codes.astype(int)
+    label = pd.Index(study.pathologies).get_indexer(pairs.pathology)
     views = pairs.get('view', pd.Series('', pairs.index))
-    view = pd.Categorical(views, list(study.views)).codes.astype(int).clip(0)   # unknown: the first
+    view = pd.Index(list(study.views)).get_indexer(views).clip(0)       # unknown: the first
     by_class = count(label, n_classes)
     by_class_and_view = count(n_views*label+view, n_views*n_classes)
     return np.hstack([by_class, .1*by_class.sum(1, keepdims=True), .05*by_class_and_view])
