@@ -196,7 +196,7 @@ def test_a_study_of_wrists_with_boxes(top, tmp_path):
     assert config['label_fields']=={'pathology': ['no finding', 'fracture', 'metal']}
     assert {p.name for p in (run/'wgan_gp').glob('PA__*')}<={'PA__no_finding', 'PA__fracture', 'PA__metal'}
     report = (run/'report.html').read_text()
-    assert 'Synthetic wrist radiographs: report of the run wrist' in report and 'elbow radiographs' not in report
+    assert 'Synthetic wrist radiographs: report of the run wrist' in report and 'pretrained on simulated elbows, not on radiographs of a wrist' in report
     for model in ('sdxl', 'flux', 'tac_gan'): assert list((run/model/'samples').glob('*/*.png'))
     refused = study(top, '--data', data, '--study', 'elbow', '--run', 'wrist', '--set', SETTINGS, check=False)
     assert refused.returncode!=0 and 'Traceback' not in refused.stderr

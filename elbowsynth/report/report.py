@@ -9,10 +9,10 @@ __all__ = ['NOT_SCORED', 'COPY_DISTANCE', 'MAX_FINDINGS', 'GUIDES', 'OTHER_ALTER
            'join_names', 'format_change', 'count_text', 'position', 'model_score', 'baseline_score', 'epoch_text',
            'regions_clause', 'inside_mask_sentence', 'resolution_sentence', 'baseline_finding',
            'unrelated_real_finding', 'boost_finding', 'masks_finding', 'preprocessing_finding', 'comparison_finding',
-           'copies_finding', 'findings', 'training_size_warnings', 'coverage_warnings', 'warnings', 'Step',
-           'seed_commands', 'next_steps', 'stage_times', 'when_text', 'data_text', 'what_text', 'code_text_of_run',
-           'machine_text', 'curve_text', 'alternative_text', 'embedded_figure', 'report_models', 'table_rows',
-           'keep_together', 'markdown_to_html', 'render_page', 'report_page', 'write_page']
+           'copies_finding', 'findings', 'training_size_warnings', 'coverage_warnings', 'base_model_warnings',
+           'warnings', 'Step', 'seed_commands', 'next_steps', 'stage_times', 'when_text', 'data_text', 'what_text',
+           'code_text_of_run', 'machine_text', 'curve_text', 'alternative_text', 'embedded_figure', 'report_models',
+           'table_rows', 'keep_together', 'markdown_to_html', 'render_page', 'report_page', 'write_page']
 
 # %% ../../nbs/6_report/84_report.ipynb #25c88b1c
 import base64, json, os, re
@@ -484,6 +484,19 @@ def coverage_warnings(
             for model, n in n_pairs.items() if n<n_test]
 
 # %% ../../nbs/6_report/84_report.ipynb #b50e591c
+def base_model_warnings(
+    values:dict[str,dict], # Stage to the values of its parameters
+    names:dict[str,str], # Model to the name by which the run shows it
+    study:Study=ELBOW,
+)->list[str]: # None for the elbow
+    "Small base models of another body part than the study's"
+    small = small_base_models([m for m in names if m in values], values)
+    if study.simulation=='elbow' or not small: return []
+    return [f'{join_names([names[m] for m in small])} started from small base models that were '
+            f'pretrained on simulated elbows, not on radiographs of a {study.body_part}: the '
+            'inpainted images test the pipeline only.']
+
+# %% ../../nbs/6_report/84_report.ipynb #6c877ce7
 def _data_warnings(evidence):
     "Limits of the data, the base models and the length of the trainings"
     values, names = evidence.facts['values'], evidence.names
@@ -500,6 +513,7 @@ def _data_warnings(evidence):
         notes.append(f'In place of {replaced} the run used {kind}: {shown}. The images test the '
                      'pipeline, not what the published models can do.')
     notes += training_size_warnings(values, names)
+    notes += base_model_warnings(values, names, study_of(evidence.facts))
     if values and not evidence.facts.get('preprocessing'):
         notes.append('What preprocessing did to the images is not recorded.')
     return notes
