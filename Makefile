@@ -40,7 +40,7 @@ inpaint: install ## Inpaint DATA=FOLDER with the base models, without fine-tunin
 	@$(RUNNER) --set 'split= epochs=0 boost_epochs=0 sdxl.out=sdxl_untrained flux.out=flux_untrained' --target sdxl --target flux
 
 import: install ## Convert DATA=FOLDER, FROM=dicom|mura|fracatlas|yolo|folder|png16|chestxray14, to images and labels.csv in TO=FOLDER (STUDY=NAME|FILE)
-	@$(IN)python -m elbowsynth.data.import_cli $(FROM) "$(DATA)" "$(TO)" $(if $(STUDY),--study "$(STUDY)") $(OPTIONS)
+	@$(IN)python -m elbowsynth.data.import_cli $(FROM) "$(DATA)" "$(TO)" $(if $(STUDY),--study "$(STUDY)" )$(OPTIONS)
 
 test: install ## Run the tests; ALL=1 includes those that take minutes
 	@ELBOWSYNTH_ALL="$(ALL)" ELBOWSYNTH_HYPOTHESIS=same $(IN)python -m pytest -n 2 --dist loadgroup --durations 25 tests

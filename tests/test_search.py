@@ -124,7 +124,8 @@ def run_search_cell(folder):
     cells = [''.join(c['source']) for c in notebook['cells'] if c['cell_type']=='code']
     parameters = next(i for i,cell in enumerate(cells) if cell.startswith('run: str'))
     from elbowsynth.data.labels import read_pairs
-    namespace = vars(search) | {'read_pairs': read_pairs, 'root': lambda: folder.parent}
+    from elbowsynth.study import read_study
+    namespace = vars(search) | {'read_pairs': read_pairs, 'read_study': read_study, 'root': lambda: folder.parent}
     exec(cells[parameters], namespace)
     namespace |= dict(run=folder.name, size=32, n_trials=2, **SMALL)
     exec(next(cell for cell in cells[parameters:] if 'search_hyperparameters(' in cell), namespace)
