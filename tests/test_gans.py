@@ -679,17 +679,15 @@ def test_each_parameter_of_a_stage_reaches_its_training(stage):
     stubs = {'root': lambda: Path('top'), 'read_pairs': lambda folder, subset: pd.DataFrame({'image': [folder, subset]}),
              'load_images': lambda folder, names, size: (folder, *names, size), function: note,
              'best_hyperparameters': lambda folder, model: {'lr_g': (folder, model)},
-             'read_study': lambda folder: ('study', folder), 'get_label_fields': lambda fields, study: (fields, study)}
+             'read_study': lambda folder: ('study', folder)}
     used = [name for name in names if name not in ('run', 'split', 'images', 'out', 'size', 'hyperparameters_from', 'options')]
     with pytest.raises(Finished) as e: exec(cell, values | stubs)
     images,data,settings = e.value.args
     run = Path('top')/'RUN'
     assert images==(run/'IMAGES', run/'SPLIT', 'train', 'value of size') and data[-1]==run/'OUT'
     if stage!='search': assert data[1].image[1]=='test' and settings.pop('extra')=='value of extra'
-    study, expected = ('study', run/'SPLIT'), {name: f'value of {name}' for name in used}
-    if 'label_fields' in used: expected['label_fields'] = ('value of label_fields', study)     # those of the study
-    if stage=='wgan_gp': expected['study'] = study
-    assert settings==expected
+    of_study = {'definition' if stage=='search' else 'study': ('study', run/'SPLIT')}
+    assert settings=={name: f'value of {name}' for name in used} | of_study
     if 'hyperparameters_from' not in names: return
     with pytest.raises(Finished) as e: exec(cell, values | stubs | {'hyperparameters_from': 'FOUND'})
     assert e.value.args[2]['lr_g']==(run/'FOUND', stage)

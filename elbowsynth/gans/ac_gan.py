@@ -14,6 +14,7 @@ from fastcore.meta import delegates
 from pathlib import Path
 from torch import nn
 from ..core import content_hash, progress
+from ..study import ELBOW, Study
 from ..training import (
     configure_device, get_device, JsonlLogger, lock_training, NanGuard, save_samples,
     stop_on_sigterm, to_tensor)
@@ -217,9 +218,9 @@ def make_checkpoint_callback(
     return on_checkpoint
 
 # %% ../../nbs/3_gans/37_ac_gan.ipynb #a7a5a35d
-def _with_labels(config):
+def _with_labels(config, study):
     "The configuration with the width of its labels, the label fields, and their sizes"
-    label_fields = get_label_fields(config.label_fields)
+    label_fields = get_label_fields(config.label_fields, study)
     field_sizes = [len(values) for values in label_fields.values()]
     n_labels = config.n_labels or sum(field_sizes)
     return replace(config, n_labels=n_labels), label_fields, field_sizes
@@ -253,12 +254,13 @@ def train_conditional_gan(
     build_nets, # Takes size and config; returns a dict with `gen` and `dis` first
     build_optimizers, # Takes the networks and config; returns a dict in the same order
     loss_fns:tuple, # The loss function of each network, compiled if `config.compile` is set
+    study:Study=ELBOW,
 )->Path: # `out`
     "Train a GAN with labels and generate images at its checkpoints"
     out,size = Path(out), images.shape[-1]
     device = configure_device(get_device(config.device))
-    config,label_fields,field_sizes = _with_labels(config)
-    is_validation = validation_mask(pairs, config.validation_fraction).values
+    config,label_fields,field_sizes = _with_labels(config, study)
+    is_validation = validation_mask(pairs, config.validation_fraction, study=study).values
     y,validation_y,test_y = _all_labels(pairs, test, is_validation, label_fields, config.n_labels)
     validation_names = list(pairs.get('pair', pairs.index)[is_validation])
     run_config = _weights_config(config, label_fields, (images[~is_validation], y.numpy()),
@@ -322,11 +324,12 @@ def train_ac_gan(
     test:pd.DataFrame, # Test pairs: `pair` as well
     out:Path, # Folder of the stage
     config:ACGANConfig=ACGANConfig(), # Settings; the default is Table 5
+    study:Study=ELBOW,
     **kwargs, # Fields of `config` to change
 )->Path: # `out`
     "Train an AC-GAN and generate images at its checkpoints"
     return train_conditional_gan(
         images, pairs, test, out, replace(config, **kwargs), 'AC-GAN', _build_nets,
-        _build_optimizers, (generator_losses, discriminator_losses))
+        _build_optimizers, (generator_losses, discriminator_losses), study)
 
 train_ac_gan.__delwrap__ = ACGANConfig # Where docments finds the comments of the fields

@@ -76,13 +76,15 @@ def validation_mask(
     pairs:pd.DataFrame, # Training pairs: `patient`, `pathology`, and `group` of patients
     fraction:float=.1, # Share of patients to hold out; 0 for none, as in the paper
     seed:int=0, # Breaks ties between equally good choices
+    study:Study=ELBOW,
 )->pd.Series: # True for validation pairs
     "Select training pairs for validation by patient, with the algorithm of the test split"
     if 'group' in pairs: groups = pairs.group.where(pairs.group!='', pairs.patient)
     elif 'patient' in pairs: groups = pairs.patient
     else: groups = pd.Series(dtype=str)
     if fraction*groups.nunique()<1: return pd.Series(False, index=pairs.index)
-    return stratified_group_split(pairs.assign(patient=groups), fraction, seed)=='test'
+    split = stratified_group_split(pairs.assign(patient=groups), fraction, seed, study)
+    return split=='test'
 
 # %% ../../nbs/3_gans/35_gan.ipynb #d8d1cdae
 def fixed_noise(

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..core import atomic_write, content_hash, progress, save_json
 from ..training import claim_training_dir, DamagedFile, get_device, lock_training
 from ..data.images import load_images
+from ..study import ELBOW, Study
 from .gan import get_label_fields, LABEL_FIELDS, validation_mask
 from .ac_gan import train_ac_gan
 from .tac_gan import train_tac_gan
@@ -103,6 +104,7 @@ def run_trial(
     folder:Path, # Folder of this trial; an interrupted training resumes
     extractor:str, # As in `extractor_name`
     device:str, # Where to train
+    definition:Study=ELBOW, # Of the classes
     **fixed, # Settings that all trials share: epochs, width, seed, ...
 )->float: # Squared MMD
     "Train without the validation patients, and score the images generated for them"
@@ -111,7 +113,7 @@ def run_trial(
     validation_pairs = pairs[is_validation].reset_index(drop=True)
     epochs = fixed['epochs']
     train_fn(images[~is_validation], train_pairs, validation_pairs, folder, checkpoint_every=epochs,
-             device=device, **fixed, **hyperparameters)
+             device=device, study=definition, **fixed, **hyperparameters)
     samples = folder/'samples'/f'{epochs:04d}'
     generated = load_images(samples, validation_pairs.pair, images.shape[-1])
     return mmd2(real_features, features(generated/255, extractor, str(get_device(device))))
@@ -155,14 +157,16 @@ def search_hyperparameters(
     seed:int=0, # Seed of weights, noise and trials
     device:str='auto', # Where to train
     max_minutes:float=0, # Raise an error if a model's trials would take longer; 0 for no limit
+    definition:Study=ELBOW, # Of the classes
 )->pd.DataFrame: # From `collect_trials`
     "Search hyperparameters of both models, and write `trials.csv` and `best_hyperparameters.json`"
     out = Path(out)
     if n_trials<1: raise ValueError(
         f'n_trials is {n_trials}; expected at least 1, the values of the tables; fix: n_trials=1')
-    label_fields = get_label_fields(label_fields)
+    label_fields = get_label_fields(label_fields, definition)
     n_labels = n_labels or sum(map(len, label_fields.values()))
-    is_validation = np.asarray(validation_mask(pairs, validation_fraction))
+    held_out = validation_mask(pairs, validation_fraction, study=definition)
+    is_validation = np.asarray(held_out)
     validation_images = images[is_validation]
     if len(np.unique(validation_images, axis=0))<2: raise ValueError(
         f'validation_fraction {validation_fraction} gives {is_validation.sum()} validation pairs '
@@ -188,7 +192,8 @@ def search_hyperparameters(
                 folder = out/'trials'/f'{model}_{i:03d}'
                 try:
                     score = run_trial(model, hyperparameters, images, pairs, is_validation,
-                                      real_features, folder, extractor, device, **fixed)
+                                      real_features, folder, extractor, device, definition,
+                                      **fixed)
                 except FloatingPointError: score = None         # the training diverged
                 tell(study, trial, score)
         return collect_trials(out)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from fastcore.meta import delegates
 from pathlib import Path
 from torch import nn
+from ..study import ELBOW, Study
 from .settings import TACGANConfig
 from .gan import (
     adam, label_cross_entropy, scale_channels)
@@ -84,11 +85,12 @@ def train_tac_gan(
     test:pd.DataFrame, # Test pairs: `pair` as well
     out:Path, # Folder of the stage
     config:TACGANConfig=TACGANConfig(), # Settings; the default is Table 6
+    study:Study=ELBOW,
     **kwargs, # Fields of `config` to change
 )->Path: # `out`
     "Train a TAC-GAN and generate images at its checkpoints"
     return train_conditional_gan(
         images, pairs, test, out, replace(config, **kwargs), 'TAC-GAN', _build_nets,
-        _build_optimizers, (tac_generator_losses, tac_discriminator_losses, twin_losses))
+        _build_optimizers, (tac_generator_losses, tac_discriminator_losses, twin_losses), study)
 
 train_tac_gan.__delwrap__ = TACGANConfig # Where docments finds the comments of the fields

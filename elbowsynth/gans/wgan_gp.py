@@ -502,7 +502,7 @@ def train_wgan_gp(
     out = Path(out)
     device = configure_device(get_device(config.device))
     upright = flip_side(images, pairs.side, study.mirror)
-    is_validation = validation_mask(pairs, config.validation_fraction).values
+    is_validation = validation_mask(pairs, config.validation_fraction, study=study).values
     models = select_models(pairs[~is_validation], test, config.max_models, config.min_images,
                            config.batch_size, study)
     if (models.trained=='no').all(): raise ValueError(

@@ -496,7 +496,7 @@ def base_model_warnings(
             f'pretrained on simulated elbows, not on radiographs of a {study.body_part}: the '
             'inpainted images test the pipeline only.']
 
-# %% ../../nbs/6_report/84_report.ipynb #6c877ce7
+# %% ../../nbs/6_report/84_report.ipynb #3326b121
 def _data_warnings(evidence):
     "Limits of the data, the base models and the length of the trainings"
     values, names = evidence.facts['values'], evidence.names
