@@ -53,7 +53,8 @@ class Study:
     def label_fields(self)->dict: # Column to its possible values
         "The labels of an image for the conditional GANs"
         values = {'pathology': self.pathologies, 'view': list(self.views), 'side': list(self.sides)}
-        return {name: values[name] for name in self.gan_labels if values[name]}
+        return {name: values[name] for name in self.gan_labels
+                if name=='pathology' or len(values[name])>1}
 
 # %% ../nbs/0_core/03_study.ipynb #e3422afb
 def studies_folder()->Path:
