@@ -137,7 +137,7 @@ def plot(rows, path):
         axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, .8)))
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', fontsize=8)
     part = path.with_name(f'.{path.name}')
-    figure.savefig(part, dpi=110, format='png')
+    figure.savefig(part, dpi=80, format='png')
     os.replace(part, path)
     plt.close(figure)
 
