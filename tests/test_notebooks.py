@@ -267,7 +267,7 @@ ALLOWED_WORDS = {
     ('nbs/4_diffusion/43_latents.ipynb', 'film'): 'the same names',
 }
 CHECKED_FILES = ['elbowsynth/**/*.py', 'elbowsynth/tiny/*.csv', 'elbowsynth/tiny/*.json', 'nbs/**/*.ipynb', 'nbs/*.qmd', 'nbs/results/**/*.csv', 'nbs/results/**/*.json',
-                 'tests/*.py', 'bench/*.py', 'bench/results/*', 'params/*.yaml', 'workflow/*.sh', 'workflow/Snakefile', 'Makefile', 'README.md', 'CONTRIBUTING.md']
+                 'tests/*.py', 'bench/*.py', 'bench/results/*.md', 'bench/results/*.json', 'params/*.yaml', 'workflow/*.sh', 'workflow/Snakefile', 'Makefile', 'README.md', 'CONTRIBUTING.md']
 
 def words(text): return set(re.findall(r'[a-z]+', re.sub(r'([a-z])([A-Z])', r'\1 \2', text).lower()))
 
