@@ -39,7 +39,7 @@ study: install ## Run the stages of the study that are out of date, and write it
 inpaint: install ## Inpaint DATA=FOLDER with the base models, without fine-tuning
 	@$(RUNNER) --set 'split= epochs=0 boost_epochs=0 sdxl.out=sdxl_untrained flux.out=flux_untrained' --target sdxl --target flux
 
-import: install ## Convert DATA=FOLDER, FROM=dicom|mura|fracatlas|yolo|folder|png16|chestxray14, to images and labels.csv in TO=FOLDER (STUDY=NAME|FILE)
+import: install ## Convert DATA=FOLDER, FROM=dicom|mura|fracatlas|yolo|folder|png16|grazpedwri|chestxray14, to images and labels.csv in TO=FOLDER (STUDY=NAME|FILE)
 	@$(IN)python -m elbowsynth.data.import_cli $(FROM) "$(DATA)" "$(TO)" $(if $(STUDY),--study "$(STUDY)" )$(OPTIONS)
 
 test: install ## Run the tests; ALL=1 includes those that take minutes

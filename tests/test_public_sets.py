@@ -110,7 +110,7 @@ def write_graz(folder):
 
 @pytest.mark.parametrize('boxes', ['box', 'ellipse'])
 def test_grazpedwri(tmp_path, boxes):
-    labels, _ = import_set('png16', write_graz(tmp_path/'graz'), tmp_path/'out', '--study', 'grazpedwri', '--boxes', boxes)
+    labels, _ = import_set('grazpedwri', write_graz(tmp_path/'graz'), tmp_path/'out', '--study', 'grazpedwri', '--boxes', boxes)
     rows = labels.sort_values(['file', 'pathology'])[['patient', 'view', 'side', 'pathology']].values.tolist()
     assert rows==[['1', 'AP', 'L', 'fracture'], ['1', 'LAT', 'L', 'normal'], ['3', 'OBL', 'R', 'metal'], ['3', 'OBL', 'R', 'soft tissue swelling']]
     mask = read_image(tmp_path/'out'/labels[labels.pathology=='fracture']['mask'].iloc[0])>127
