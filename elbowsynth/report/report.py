@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NOT_SCORED', 'COPY_DISTANCE', 'MAX_FINDINGS', 'GUIDES', 'OTHER_ALTERNATIVES', 'REGION_COLUMNS', 'STYLE', 'TEXT_STYLE',
            'FIRST_SCREEN_STYLE', 'FIGURE_STYLE', 'PHONE_AND_PRINT', 'MACROS', 'FIRST_SCREEN', 'BESIDE', 'BELOW', 'END',
-           'UNBROKEN', 'SECTIONS', 'RUN_FILES', 'SAMPLES_NOTE', 'Evidence', 'study_of', 'read_evidence', 'Finding',
-           'join_names', 'format_change', 'count_text', 'position', 'model_score', 'baseline_score', 'epoch_text',
-           'regions_clause', 'inside_mask_sentence', 'resolution_sentence', 'baseline_finding',
-           'unrelated_real_finding', 'boost_finding', 'masks_finding', 'preprocessing_finding', 'comparison_finding',
-           'copies_finding', 'findings', 'training_size_warnings', 'coverage_warnings', 'base_model_warnings',
-           'warnings', 'Step', 'seed_commands', 'next_steps', 'stage_times', 'when_text', 'data_text', 'what_text',
-           'code_text_of_run', 'machine_text', 'curve_text', 'alternative_text', 'embedded_figure', 'report_models',
-           'table_rows', 'keep_together', 'markdown_to_html', 'render_page', 'report_page', 'write_page']
+           'UNBROKEN', 'SECTIONS', 'RUN_FILES', 'SAMPLES_NOTE', 'Evidence', 'read_evidence', 'Finding', 'join_names',
+           'format_change', 'count_text', 'position', 'model_score', 'baseline_score', 'epoch_text', 'regions_clause',
+           'inside_mask_sentence', 'resolution_sentence', 'baseline_finding', 'unrelated_real_finding', 'boost_finding',
+           'masks_finding', 'preprocessing_finding', 'comparison_finding', 'copies_finding', 'findings',
+           'training_size_warnings', 'coverage_warnings', 'base_model_warnings', 'warnings', 'Step', 'seed_commands',
+           'next_steps', 'stage_times', 'when_text', 'data_text', 'what_text', 'code_text_of_run', 'machine_text',
+           'curve_text', 'alternative_text', 'embedded_figure', 'report_models', 'table_rows', 'keep_together',
+           'markdown_to_html', 'render_page', 'report_page', 'write_page']
 
 # %% ../../nbs/6_report/84_report.ipynb #25c88b1c
 import base64, json, os, re
@@ -25,7 +25,7 @@ from pathlib import Path
 from urllib.parse import quote
 from ..core import atomic_write, format_duration, root
 from ..paper import FACTS, MODEL_NAMES
-from ..study import ELBOW, parse_study, Study
+from ..study import ELBOW, Study
 from .run_summary import (
     METRIC_NAMES, baselines_text, changed_values, checkpoint_selection_table,
     format_interval, format_score, interval_table, is_simulated, limitations_text, masks_text,
@@ -33,7 +33,7 @@ from .run_summary import (
     reference_name, secure_page, small_base_models, data_source_text, table1)
 from .tables import (
     final_checkpoint_rows, figure_captions, name_models, read_score_tables, round_cells,
-    run_facts, run_names, subgroup_table, table3)
+    run_facts, run_names, study_of, subgroup_table, table3)
 
 # %% ../../nbs/6_report/84_report.ipynb #dc5ec142
 @dataclass(frozen=True)
@@ -47,12 +47,6 @@ class Evidence:
 
     def table(self, name): return self.tables.get(name, pd.DataFrame())
     def figure_table(self, name): return self.figure_tables.get(name, pd.DataFrame())
-
-def study_of(
-    facts:dict, # As returned by `run_facts`
-)->Study: # The paper's, in the facts of an earlier version
-    "The definition of a run's study"
-    return parse_study(facts['study']) if facts.get('study') else ELBOW
 
 NOT_SCORED = {'models': [], 'missing_models': [], 'inpainting_models': [], 'n_pairs': 0}
 

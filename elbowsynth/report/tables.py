@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['GAN_CONFIGS', 'PROFILES', 'MAIN_TABLES', 'ADDITIONAL_TABLES', 'ROW_FILTERS', 'LAYOUTS', 'SIDE_EXPERIMENTS',
-           'format_cell', 'as_markdown', 'first_of_type', 'layer_description', 'network_rows', 'networks',
-           'architecture', 'format_value', 'field_descriptions', 'gan_settings', 'table7', 'shorten_path', 'run_facts',
-           'is_result', 'collect_results', 'read_score_tables', 'read_results', 'run_names', 'base_models_text',
-           'score_values', 'paper_values', 'run_values', 'best_model_text', 'table2', 'count_with_share', 'table3',
-           'cost_table', 'readme_table', 'readme_image', 'model_cards', 'figure_captions', 'figure_text',
-           'final_checkpoint_rows', 'models_as_columns', 'subgroup_table', 'set_metrics_table', 'diversity_table',
-           'merge_intervals', 'round_cells', 'constant_metadata', 'name_models', 'additional_table', 'side_experiment',
-           'additional_tables_text', 'run_tables']
+           'format_cell', 'as_markdown', 'first_of_type', 'layer_description', 'network_rows', 'study_of', 'n_labels',
+           'networks', 'architecture', 'format_value', 'field_descriptions', 'gan_settings', 'table7', 'shorten_path',
+           'run_facts', 'is_result', 'collect_results', 'read_score_tables', 'read_results', 'run_names',
+           'base_models_text', 'score_values', 'paper_values', 'run_values', 'best_model_text', 'table2',
+           'count_with_share', 'table3', 'cost_table', 'readme_table', 'readme_image', 'model_cards', 'figure_captions',
+           'figure_text', 'final_checkpoint_rows', 'models_as_columns', 'subgroup_table', 'set_metrics_table',
+           'diversity_table', 'merge_intervals', 'round_cells', 'constant_metadata', 'name_models', 'additional_table',
+           'side_experiment', 'additional_tables_text', 'run_tables']
 
 # %% ../../nbs/6_report/82_tables.ipynb #a2b647e2
 import re, shutil
@@ -23,7 +23,7 @@ from torch import nn
 from ..core import require_path, root, round_floats, save_json
 from ..paper import (
     CURVES, FACTS, FEATURE_MAPS, GAN_SETTINGS, MODEL_NAMES, PAPER_TABLE1, TABLE3, TABLE7)
-from ..study import ELBOW, Study
+from ..study import ELBOW, parse_study, Study
 from ..data.labels import read_pairs
 from ..gans import ac_gan, tac_gan, wgan_gp
 from ..gans.settings import ACGANConfig, TACGANConfig, WGANGPConfig
@@ -102,31 +102,47 @@ def network_rows(
     for head in heads: rows.append(layer_description(head, head(x.flatten(1)).shape[1:]))
     return rows
 
+# %% ../../nbs/6_report/82_tables.ipynb #e1f7f0b3
+def study_of(
+    facts:dict, # As returned by `run_facts`
+)->Study: # The paper's, in the facts of an earlier version
+    "The definition of a run's study"
+    return parse_study(facts['study']) if facts.get('study') else ELBOW
+
+def n_labels(
+    study:Study, # The definition
+)->int: # 18 for the paper's
+    "Width of the labels of the conditional GANs"
+    return sum(map(len, study.label_fields.values()))
+
 # %% ../../nbs/6_report/82_tables.ipynb #9ca6cd92
 def networks(
     model:str, # wgan_gp, ac_gan or tac_gan
+    n_labels:int=18, # Width of the label
 )->dict[str,list[dict]]: # G, D and, for TAC-GAN, C: rows of generator, discriminator and twin
     "The networks of a GAN at the paper's size"
     noise, image = torch.zeros(2, 256), torch.zeros(2, 1, 256, 256)
-    noise_and_label = torch.zeros(2, 256+18)
+    noise_and_label = torch.zeros(2, 256+n_labels)
     if model=='wgan_gp':
         return {'G': network_rows(wgan_gp.Generator(), noise),
                 'D': network_rows(wgan_gp.Critic(), image)}
-    discriminator = ac_gan.Discriminator()
+    discriminator = ac_gan.Discriminator(n_labels=n_labels)
     heads = [m for m in discriminator.children() if isinstance(m, nn.Linear)]
-    rows = {'G': network_rows(ac_gan.Generator(), noise_and_label),
+    rows = {'G': network_rows(ac_gan.Generator(n_labels=n_labels), noise_and_label),
             'D': network_rows(discriminator.trunk, image, heads)}
-    if model=='tac_gan': rows['C'] = network_rows(tac_gan.TwinClassifier(), image)
+    twin = tac_gan.TwinClassifier(n_labels=n_labels)
+    if model=='tac_gan': rows['C'] = network_rows(twin, image)
     return rows
 
 # %% ../../nbs/6_report/82_tables.ipynb #f09fb937
 def architecture(
     model:str, # wgan_gp, ac_gan or tac_gan
+    study:Study=ELBOW,
 )->pd.DataFrame: # As Tables 4 to 6, with the paper's feature maps and the differences
     "The networks of a GAN beside those of the paper"
     names = {'G': 'generator', 'D': 'critic' if model=='wgan_gp' else 'discriminator', 'C': 'twin'}
     table = []
-    for network, rows in networks(model).items():
+    for network, rows in networks(model, n_labels(study)).items():
         for row, paper_maps in zip(rows, FEATURE_MAPS[model][network].split(), strict=True):
             difference = ''
             if paper_maps=='-': difference = 'not in the paper'
@@ -159,6 +175,7 @@ def field_descriptions(
 # %% ../../nbs/6_report/82_tables.ipynb #53f0d8c0
 def gan_settings(
     model:str, # wgan_gp, ac_gan or tac_gan
+    study:Study=ELBOW,
 )->pd.DataFrame: # Parameter, description, value here and in the paper
     "The settings in Tables 4 to 6"
     config = GAN_CONFIGS[model]
@@ -166,7 +183,7 @@ def gan_settings(
     rows = []
     for field, paper_value in GAN_SETTINGS[model].items():
         value = getattr(config, field)
-        if field=='n_labels': value = value or sum(map(len, ELBOW.label_fields.values()))
+        if field=='n_labels': value = value or n_labels(study)
         value = format_value(value)
         rows.append((field, descriptions[field], value, format_value(paper_value)))
     return pd.DataFrame(rows, columns=['Parameter', 'Description', 'Here', 'Paper'])
@@ -739,19 +756,19 @@ def additional_tables_text(
 def _numbered_tables(facts, tables):
     "The tables of the paper with the values of a run, and those of the run's settings, by name"
     best, values = tables['best_checkpoints'], facts['values']
-    names = run_names(facts)
+    names, study = run_names(facts), study_of(facts)
     selection = checkpoint_selection_table(tables['checkpoint_selection'], names)
     made = {'table1.full_image': table1(best, 'full image', names),
             'table1.inpainting': table1(best, 'inpainting', names),
             'table2': table2(best, names),
-            'table3': table3(facts['classes']),
+            'table3': table3(facts['classes'], study),
             'table7': table7(),
             'cost': cost_table(facts),
             'checkpoint_selection': selection,
             'changed_parameters': changed_values(values)}
     for number, model in enumerate(GAN_SETTINGS, 4):
-        made[f'table{number}'] = architecture(model)
-        made[f'table{number}.settings'] = gan_settings(model)
+        made[f'table{number}'] = architecture(model, study)
+        made[f'table{number}.settings'] = gan_settings(model, study)
     return made
 
 # %% ../../nbs/6_report/82_tables.ipynb #7f929aa9
