@@ -1,5 +1,6 @@
 "Made copies of public data sets in their published layout, imported with the definitions that come with the package"
 import csv, json, subprocess, sys
+from pathlib import Path
 import cv2, numpy as np, pandas as pd, pytest, yaml
 from conftest import ROOT
 from elbowsynth.data.images import read_image, write_png
@@ -65,7 +66,8 @@ FRACATLAS_COLUMNS = ('image_id,hand,leg,hip,shoulder,mixed,hardware,multiscan,fr
 
 def write_fracatlas(folder):
     rows = [('IMG0000001.jpg', dict(hand=1, fractured=1, fracture_count=1, frontal=1)), ('IMG0000002.jpg', dict(hand=1, oblique=1)),
-            ('IMG0000003.jpg', dict(leg=1, lateral=1)), ('IMG0000004.jpg', dict(hand=1, hardware=1, lateral=1))]
+            ('IMG0000003.jpg', dict(leg=1, lateral=1)), ('IMG0000004.jpg', dict(hand=1, hardware=1, lateral=1)),
+            ('IMG0000005.jpg', dict(hand=1, multiscan=1, frontal=1, lateral=1)), ('IMG0000006.jpg', dict(hand=1, leg=1, mixed=1, frontal=1))]
     with_outline = []
     for name, flags in rows:
         kind = 'Fractured' if flags.get('fractured') else 'Non_fractured'
@@ -84,7 +86,9 @@ def write_fracatlas(folder):
 def test_fracatlas_hands(tmp_path):
     labels, _ = import_set('fracatlas', write_fracatlas(tmp_path/'FracAtlas'), tmp_path/'out', '--study', 'fracatlas-hand')
     by_source = labels.sort_values('file').reset_index(drop=True)
-    assert by_source[['view', 'pathology']].values.tolist()==[['AP', 'fracture'], ['OBL', 'normal'], ['LAT', '']]       # not the leg; hardware has no class
+    assert by_source[['view', 'pathology']].values.tolist()==[['AP', 'fracture'], ['OBL', 'normal']]                     # not the leg
+    rejects = pd.read_csv(tmp_path/'out'/'rejects.csv').set_index('file').reason.to_dict()
+    assert {Path(f).stem[-1]: r for f, r in rejects.items()}=={'4': 'hardware without a fracture', '5': 'several views in one image', '6': 'several body parts in one image'}
     mask = read_image(tmp_path/'out'/by_source['mask'][0])
     assert abs((mask>127).sum()-40*20)<=60
 
@@ -97,13 +101,15 @@ def write_graz(folder):
     rows, header = [], 'filestem,patient_id,study_number,timehash,gender,age,laterality,projection,initial_exam,ao_classification,cast,fracture_visible,metal'
     images = [('0001_1297860395_01_WRI-L1_M014', 1, 'L', 1, [(3, .5, .5, .4, .2), (3, .6, .5, .4, .2), (8, .1, .1, .05, .05)]),
               ('0001_1297860395_01_WRI-L2_M014', 1, 'L', 2, [(8, .1, .1, .05, .05)]),
-              ('0003_0667332344_01_WRI-R3_F011', 3, 'R', 3, [(7, .5, .5, .5, .5), (4, .3, .3, .1, .1)])]
+              ('0003_0667332344_01_WRI-R3_F011', 3, 'R', 3, [(7, .5, .5, .5, .5), (4, .3, .3, .1, .1)]),
+              ('0004_0667332344_01_WRI-R2_F011', 4, 'R', 2, [(8, .1, .1, .05, .05)])]             # fractured, not seen in this projection
     for k, (stem, patient, side, projection, boxes) in enumerate(images):
         write_png(folder/f'images_part{k+1}'/f'{stem}.png', pixels(200, 100).astype(np.uint16)*300)
         path = folder/'yolov5'/'labels'/f'{stem}.txt'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('\n'.join(' '.join(map(str, b)) for b in boxes))
-        rows.append(f'{stem},{patient},1,1,M,14,{side},{projection},1,,,{int(k==0) or ""},')
+        ao_class = '23r-M/2.1' if k in (0, 3) else ''
+        rows.append(f'{stem},{patient},1,1,M,14,{side},{projection},1,{ao_class},,{int(k==0) or ""},')
     (folder/'dataset.csv').write_text('\n'.join([header, *rows]))
     (folder/'yolov5'/'meta.yaml').write_text(yaml.safe_dump({'names': CLASS_NAMES, 'nc': 9}))
     return folder
@@ -113,6 +119,8 @@ def test_grazpedwri(tmp_path, boxes):
     labels, _ = import_set('grazpedwri', write_graz(tmp_path/'graz'), tmp_path/'out', '--study', 'grazpedwri', '--boxes', boxes)
     rows = labels.sort_values(['file', 'pathology'])[['patient', 'view', 'side', 'pathology']].values.tolist()
     assert rows==[['1', 'AP', 'L', 'fracture'], ['1', 'LAT', 'L', 'normal'], ['3', 'OBL', 'R', 'metal'], ['3', 'OBL', 'R', 'soft tissue swelling']]
+    rejects = pd.read_csv(tmp_path/'out'/'rejects.csv')
+    assert rejects.reason.tolist()==['fractured according to the table, but without a box'] and '0004_' in rejects.file[0]
     mask = read_image(tmp_path/'out'/labels[labels.pathology=='fracture']['mask'].iloc[0])>127
     union = 50*40                                                   # columns 30 to 80 of 100, rows 80 to 120 of 200
     if boxes=='box': assert abs(mask.sum()-union)<=100 and mask[82:118, 32:78].all()

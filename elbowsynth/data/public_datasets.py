@@ -93,6 +93,15 @@ def import_mura(
     return write_import(records, top, out, label_map, license=license, rejects=rejects,
                         notes=notes, study=study, **kwargs)
 
+# %% ../../nbs/2_data/26_public_datasets.ipynb #7b97e9e9
+def _unclear(row):
+    "Why an image of FracAtlas has no single view, body part or class; empty if it has"
+    flags = {column for column,value in row.items() if value=='1'}
+    if 'multiscan' in flags: return 'several views in one image'
+    if 'mixed' in flags: return 'several body parts in one image'
+    if 'hardware' in flags and 'fractured' not in flags: return 'hardware without a fracture'
+    return ''
+
 # %% ../../nbs/2_data/26_public_datasets.ipynb #1e612f11
 def fracatlas_record(
     row:dict, # Of `dataset.csv`
@@ -151,6 +160,7 @@ def import_fracatlas(
     body_parts:list[str]=(), # Instead of `files`: hand, leg, hip, shoulder; images with any of them
     labels:dict=None, # Classes of `fractured`, `hardware` (without fracture) and `not fractured`
     license:str='CC BY 4.0', # Of the data set
+    only_clear:bool=False, # Leave out what has no single view, body part or class
     study:str='elbow', # Name or file of a definition
     **kwargs, # For `write_import`: overrides, defaults, max_minutes
 )->Imported: # What was written
@@ -180,6 +190,7 @@ def import_fracatlas(
     records, definition = [], load_study(study)
     for file,same_file in rows.items():
         if len(same_file)>1: rejects.append((file, f'{len(same_file)} rows in the table'))
+        elif reason := _unclear(same_file[0]) if only_clear else '': rejects.append((file, reason))
         else: records.append(fracatlas_record(same_file[0], file, definition))
     for record in records: record['shapes'] = outlines.get(record['file'], [])
     words = ('fractured', 'hardware', 'not fractured')
@@ -315,14 +326,16 @@ def mask_shapes(
     return made
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #fccd935f
-def _read_boxes(path, label_files, config, boxes):
-    "An image with the boxes of its YOLO file; one without a file is normal"
+def _read_boxes(path, label_files, config, boxes, injured):
+    "An image with the boxes of its YOLO file; one without is normal, or rejected if it is injured"
     image, metadata = read_grayscale(path)
     label_file = label_files.get(path.stem)
     shapes = []
     if label_file: shapes = read_yolo(label_file, *image.shape[:2], config.names, config.kpt_shape,
                                       keep_errors=True)
     shapes = [shape for shape in shapes if shape['label']!='text']      # the lead letter
+    if path.stem in injured and not shapes:
+        raise ValueError('fractured according to the table, but without a box')
     labels = [] if shapes else ['(empty)']
     return image, metadata | {'shapes': mask_shapes(shapes, boxes, path.stem), 'labels': labels}
 
@@ -398,7 +411,7 @@ def _add_graz_columns(record, row, study):
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #98057544
 def _graz_records(rows, columns, records, lookup, study):
-    "The records with the further columns of the table; (file, reason) of faulty rows"
+    "The records with further columns; (file, reason) of faulty rows; stems of fractured wrists"
     by_file, faulty = {r['file']: r for r in records}, {}
     for row in rows.to_dict('records'):
         file, _ = resolve_file(row[columns['file']], lookup)
@@ -410,11 +423,14 @@ def _graz_records(rows, columns, records, lookup, study):
         if error: faulty[file] = error
         by_file[file] = stated | {'row': row}
     complete = [by_file[r['file']] for r in records if r['file'] not in faulty]
-    for record in complete: record.pop('row')
-    return complete, list(faulty.items())
+    injured = set()
+    for record in complete:
+        has_class = bool(record.pop('row').get('ao_classification'))
+        if has_class or 'fracture' in record['labels']: injured.add(Path(record['file']).stem)
+    return complete, list(faulty.items()), injured
 
 # %% ../../nbs/2_data/26_public_datasets.ipynb #0995c8c0
-def _box_reader(source, records, boxes, study):
+def _box_reader(source, records, boxes, study, injured):
     "A reader of images with their boxes, the meaning of the labels, the number of label files"
     folders = [Path(source), *sorted(p.parent for p in Path(source).rglob('labels') if p.is_dir())]
     folder = next((f for f in folders if any(f.glob('*.y*ml'))), Path(source))
@@ -422,7 +438,7 @@ def _box_reader(source, records, boxes, study):
     files = {p.stem: p for p in sorted(Path(source).rglob('labels/**/*.txt'))}
     known = {n: study.aliases['pathology'].get(plain_term(n)) for n in config.names.values()}
     for record in records: record['labels'] = []                # the boxes state them
-    def read(path): return _read_boxes(path, files, config, boxes)
+    def read(path): return _read_boxes(path, files, config, boxes, injured)
     n_files = sum(Path(record['file']).stem in files for record in records)
     return read, known | {'(empty)': study.normal or ''}, n_files
 
@@ -443,12 +459,12 @@ def import_png16(
     columns = column_map(list(rows.columns), columns)
     definition = load_study(study)
     records, unmatched = images_from_table(rows, columns, files, source, definition)
-    records, faulty = _graz_records(rows, columns, records, name_index(files), definition)
+    records, faulty, injured = _graz_records(rows, columns, records, name_index(files), definition)
     rejects += faulty
     read, given = read_grayscale, {}
     notes = {'format': '16-bit PNG'}
     if boxes:
-        read, given, n_files = _box_reader(source, records, boxes, definition)
+        read, given, n_files = _box_reader(source, records, boxes, definition, injured)
         notes['n_label_files'] = n_files
     terms = {label for record in records for label in record['labels']}
     known = {w: definition.aliases['pathology'].get(w, '') for w in ('fracture', 'none')}
