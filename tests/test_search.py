@@ -6,6 +6,7 @@ matplotlib.use('agg')
 import numpy as np, pandas as pd
 import pytest, torch
 from conftest import N_KILLS, ROOT
+from elbowsynth.study import ELBOW
 from kills import run_with_kills
 from elbowsynth.gans import search, tac_gan
 from elbowsynth.data.classes import caption
@@ -100,7 +101,7 @@ def test_each_trial_trains_with_its_hyperparameters_and_the_settings_of_the_sear
     monkeypatch.setattr(search, 'features', means_of_rows)
     fields = {'view': ['AP', 'LAT'], 'pathology': ['normal', 'joint effusion']}
     search_quickly(tmp_path/'out', n_trials=3, epochs=7, width=1/8, label_fields=fields, n_labels=4, seed=5)
-    expected = {'epochs': 7, 'checkpoint_every': 7, 'width': 1/8, 'label_fields': fields, 'n_labels': 4, 'seed': 5, 'device': 'cpu'}
+    expected = {'epochs': 7, 'checkpoint_every': 7, 'width': 1/8, 'label_fields': fields, 'n_labels': 4, 'seed': 5, 'device': 'cpu', 'study': ELBOW}
     table = pd.read_csv(tmp_path/'out'/'trials.csv')
     assert table.model.tolist()==[model for model,_ in calls]==['ac_gan']*3+['tac_gan']*3
     for trial,(_,settings) in zip(table.to_dict('records'), calls):

@@ -7,6 +7,7 @@ import json, os, re, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pytest, yaml
 from conftest import ROOT, copy_of_checkout, sh
+from kills import cached_tensors, same_caches
 from test_runner import OPEN_FOLDER, notebook
 from elbowsynth.cluster import job_prefix, queued_jobs
 
@@ -305,7 +306,7 @@ def smoke(slurm, tmp_path_factory):
 
 def result_files(run):
     "Relative path to the result files of a run: not logs, records, executed notebooks and the report, which have times"
-    left_out = {'logs', 'notebooks', 'jobs', '.snakemake', 'tensorboard'}
+    left_out = {'logs', 'notebooks', 'jobs', '.snakemake', 'tensorboard', 'latents'}
     names = [p.relative_to(run) for p in run.rglob('*') if p.is_file() and p.parent!=run]
     return sorted(n for n in names if not left_out & set(n.parts) and n.name!='stage.json' and not n.name.startswith('.'))
 
@@ -322,6 +323,7 @@ def test_the_small_study_equals_a_local_run_bit_for_bit(smoke):
     here, there = top/'_runs'/'here', top/'_runs'/'slurm'
     assert (there/'report.html').exists() and (there/'jobs'/'sdxl.sample_0001.json').exists() and not (here/'jobs').exists()
     assert result_files(here)==result_files(there)
+    assert cached_tensors(here/'latents').keys()==cached_tensors(there/'latents').keys() and same_caches(here/'latents', there/'latents')             # which group their entries by process
     different = [str(n) for n in result_files(here) if without_times(here/n)!=without_times(there/n)]
     assert different==[]
 
